@@ -1,0 +1,182 @@
+"""A case, the gate every contender of ours passes before it is timed, and the measurement."""
+
+import contextlib
+import dataclasses
+import functools
+import time
+from collections.abc import Callable
+
+import torch
+
+import machine
+from contenders import Built, Contender
+from refinenet_fast.testing import relative_l2, tolerance
+from timing import Timed, interleave
+
+FORWARD, TRAINING = "forward", "forward+backward"
+DIRECTIONS = (FORWARD, TRAINING)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Case:
+    """One thing to compute, `y = f(xs, ws)`: activations xs, parameters ws.
+
+    gradient_floor: the gradient error that is always let pass. The gradients of ReLU and max pool
+    jump where two values tie, and one tie that rounding decides otherwise than float64 outweighs
+    all other errors (PyTorch's float32 CRP is off by 1e-3); so the gate only stops gradients that
+    are plainly wrong, and the tests compare them strictly, with the decisions held equal.
+    """
+
+    name: str  # "1x256x128x128"
+    work: dict[str, int]  # direction -> FLOPs or bytes
+    unit: str  # "GFLOP/s" or "GB/s"
+    setup: Callable  # (dtype, device, generator) -> (xs, ws), the same for every contender
+    eager: Callable  # plain PyTorch in any dtype: a contender, and in float64 the truth
+    ours: Callable  # backend's name -> function(xs, ws)
+    gradient_floor: float = 0.0
+
+
+def normal(shape, dtype, device, generator, scale=1.0):
+    """Normal data of standard deviation `scale`, drawn on the CPU, so the same on any device."""
+    x = (torch.randn(shape, generator=generator) * scale).to(device, dtype)
+    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+
+
+class Inputs:
+    """What all contenders are handed for a case, the float64 truth, and PyTorch's own errors."""
+
+    def __init__(self, case, dtype, device):
+        generator = torch.Generator().manual_seed(0)
+        xs, ws = case.setup(dtype, device, generator)
+        self.xs = [x.requires_grad_() for x in xs]
+        self.ws = [torch.nn.Parameter(w) for w in ws]
+        with torch.inference_mode():
+            shape = case.eager(self.xs, self.ws).shape
+        self.gy = normal(shape, dtype, device, generator)
+        self.truth = self._float64(case)
+        own = training_step(case.eager, self.xs, self.ws, self.gy)
+        self.eager_errors = list(map(relative_l2, own, self.truth))
+
+    def _float64(self, case):
+        benchmark, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
+        try:
+            xs, ws = ([t.detach().double().requires_grad_() for t in ts] for ts in (self.xs, self.ws))
+            return training_step(case.eager, xs, ws, self.gy.double())
+        finally:
+            torch.backends.cudnn.benchmark = benchmark
+
+
+def training_step(function, xs, ws, gy):
+    """[y, then the gradient in each of xs and ws]."""
+    y = function(xs, ws)
+    return [y, *torch.autograd.grad(y, [*xs, *ws], gy)]
+
+
+@functools.lru_cache(maxsize=1)
+def inputs_of(case, dtype, device):
+    """Inputs, made once for all directions and contenders of a case that follow one another."""
+    return Inputs(case, dtype, device)
+
+
+@dataclasses.dataclass
+class Entry:
+    """A contender that is ready to be timed on a case, or the reason why it is not."""
+
+    contender: Contender
+    built: Built | None = None
+    run: Timed | None = None
+    error: float | None = None  # relative L2 against float64, the worst of y and all gradients
+    peak_memory_bytes: int | None = None
+    problem: str | None = None
+
+    def fields(self):
+        return {
+            "contender": self.contender.name,
+            "setting": self.built.setting if self.built else None,
+            "error": self.error,
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "problem": self.problem,
+        }
+
+
+def prepare(case, inputs, direction, contender):
+    """Builds (and compiles) a contender for a case, holds it against float64, measures memory."""
+    entry = Entry(contender)
+    timed = functools.partial(_timed, inputs, direction, contender)
+    try:
+        entry.built = contender.build(case, inputs, direction == FORWARD, timed)
+        entry.run = timed(entry.built.function)
+        entry.error, entry.problem = _gate(case, inputs, contender, entry.run())
+        if entry.problem is None and not entry.built.graphs:
+            entry.peak_memory_bytes = machine.peak_memory(entry.run, inputs.gy.device)
+    except Exception as error:
+        entry.problem = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+    return entry
+
+
+def _timed(inputs, direction, contender, function):
+    xs, ws, gy = inputs.xs, inputs.ws, inputs.gy
+
+    @contextlib.contextmanager
+    def inference():
+        with torch.inference_mode(), contender.context():
+            yield
+
+    if direction == FORWARD:
+        return Timed(lambda: [function(xs, ws)], inference)
+    return Timed(lambda: training_step(function, xs, ws, gy), contender.context)
+
+
+def _gate(case, inputs, contender, results):
+    """(worst error, what is wrong with it or None); only our own contenders are judged."""
+    names = ["output", *(f"gradient {i}" for i in range(len(results) - 1))]
+    errors = list(map(relative_l2, results, inputs.truth))
+    problem = None
+    for name, error, own in zip(names, errors, inputs.eager_errors):
+        floor = 0.0 if name == "output" else case.gradient_floor
+        allowed = max(tolerance(inputs.gy.dtype, own), floor)
+        if contender.ours and not error <= allowed:
+            problem = f"wrong: error of {name} is {error:.1e}, allowed are {allowed:.1e}"
+    return max(errors), problem
+
+
+def measure(case, dtype, device, direction, contenders, deadline, say):
+    """One row for each contender, all timed in turn; ends soon after `deadline` (monotonic).
+
+    say: called with what is being done, for the progress bar.
+    """
+    say(f"{case.name}: inputs and float64 truth")
+    inputs = inputs_of(case, dtype, device)
+    entries = []
+    for contender in contenders:
+        say(f"{case.name} {direction}: {contender.name}, compiling and checking")
+        entries.append(prepare(case, inputs, direction, contender))
+    ready = [entry for entry in entries if entry.problem is None]
+    cuda = device.type == "cuda"
+    seconds = max(deadline - time.monotonic(), 0.5 if cuda else 1.5)
+    say(f"{case.name} {direction}: timing all in turn, about {seconds:.0f} s")
+    at_least = 20 if cuda else 3
+    times = interleave([entry.run for entry in ready], device, seconds, at_least) if ready else []
+    timed = {entry.contender.name: summary for entry, summary in zip(ready, times)}
+    rows = []
+    for entry in entries:
+        row = {"shape": case.name, "dtype": str(dtype).removeprefix("torch.")}
+        row |= {"direction": direction, **entry.fields()}
+        rows.append(row | _rates(case, direction, timed.get(entry.contender.name), timed))
+    return rows
+
+
+def _rates(case, direction, time_ms, timed):
+    """Times and what follows from them; None throughout for a contender that was not timed."""
+    work, eager = case.work[direction], timed.get("eager")
+    giga = work / time_ms.median_ms / 1e6 if time_ms else None
+    flops = case.unit == "GFLOP/s"
+    return {
+        "median_ms": time_ms and time_ms.median_ms,
+        "p20_ms": time_ms and time_ms.p20_ms,
+        "p80_ms": time_ms and time_ms.p80_ms,
+        "rounds": time_ms and time_ms.rounds,
+        "speedup_vs_eager": eager.median_ms / time_ms.median_ms if time_ms and eager else None,
+        "gflops": giga if flops else None,
+        "gbytes_per_s": None if flops else giga,
+    }

@@ -1,0 +1,121 @@
+"""The table on the screen, the JSON file and the picture."""
+
+import importlib.util
+
+from rich.console import Console
+from rich.table import Table
+
+from harness import DIRECTIONS
+
+
+def show(title, rows, unit):
+    """Prints the table. rows: as the JSON file has them."""
+    first = rows[0]
+    console = Console()
+    table = Table(title=title, caption=_caption(first), title_justify="left")
+    table.add_column("shape")
+    table.add_column("direction")
+    table.add_column("contender")
+    for heading in ("ms", "20–80 %", "× eager", unit, "peak MB", "error"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    group = None
+    for row in rows:
+        new, group = group != (row["shape"], row["direction"]), (row["shape"], row["direction"])
+        if new and table.rows:
+            table.add_section()
+        table.add_row(*(group if new else ("", "")), row["contender"], *_cells(row))
+    console.print(table)
+    for row in rows:
+        if row["problem"]:
+            where = f"{row['shape']} {row['direction']} {row['contender']}"
+            console.print(f"not timed, {where}: {row['problem']}", style="red", markup=False)
+
+
+def _cells(row):
+    rate = row["gflops"] or row["gbytes_per_s"]
+    spread = f"{row['p20_ms']:.4g}–{row['p80_ms']:.4g}" if row["median_ms"] else "not timed"
+    memory = row["peak_memory_bytes"]
+    cells = (
+        ("{:.4g}", row["median_ms"]),
+        ("{}", spread),
+        ("{:.2f}", row["speedup_vs_eager"]),
+        ("{:.4g}", rate),
+        ("{:.1f}", None if memory is None else memory / 1e6),
+        ("{:.1e}", row["error"]),
+    )
+    return ["–" if value is None else form.format(value) for form, value in cells]
+
+
+def _caption(row):
+    isa = "" if row["device"] == "cuda" else f" ({row['cpu_isa']}, {row['threads']} threads)"
+    return (
+        f"{row['device_name']}{isa}, {row['dtype']}, torch {row['torch']}, "
+        f"refinenet_fast {row['refinenet_fast']}, allocator {row['allocator']}"
+    )
+
+
+def can_plot():
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+# Colours that stay apart for colour-blind readers; PyTorch in greys, ours in colours.
+COLOURS = {
+    "eager": "#9aa0a6",
+    "compile": "#5f6368",
+    "reference": "#c8b6e2",
+    "cpu": "#0072b2",
+    "triton": "#009e73",
+    "cuda": "#d55e00",
+}
+
+
+def plot(path, title, rows):
+    """Writes a bar chart of speed relative to eager: one panel a direction, one group a shape."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in rows if row["speedup_vs_eager"]]
+    directions = [d for d in DIRECTIONS if any(row["direction"] == d for row in rows)]
+    shapes = list(dict.fromkeys(row["shape"] for row in rows))
+    width = max(4.5, 1.35 * len(shapes))
+    figure, axes = plt.subplots(
+        1,
+        max(len(directions), 1),
+        figsize=(width * max(len(directions), 1), 3.6),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    for axis, direction in zip(axes[0], directions):
+        _panel(axis, direction, shapes, [r for r in rows if r["direction"] == direction])
+    if directions:
+        axes[0][0].set_ylabel("speed, PyTorch eager = 1")
+        handles, labels = axes[0][0].get_legend_handles_labels()
+        figure.legend(handles, labels, ncols=len(labels), loc="outside lower center", frameon=False)
+        figure.suptitle(f"{title}\n{_caption(rows[0])}", fontsize=9)
+    figure.savefig(path, dpi=160)
+    plt.close(figure)
+
+
+def _panel(axis, direction, shapes, rows):
+    contenders = list(dict.fromkeys(row["contender"] for row in rows))
+    speed = {(row["shape"], row["contender"]): row["speedup_vs_eager"] for row in rows}
+    bar = 0.84 / max(len(contenders), 1)
+    for i, name in enumerate(contenders):
+        at = [k + (i - (len(contenders) - 1) / 2) * bar for k in range(len(shapes))]
+        heights = [speed.get((shape, name), 0) for shape in shapes]
+        bars = axis.bar(at, heights, bar * 0.92, color=COLOURS.get(name, "#cc79a7"), label=name)
+        axis.bar_label(bars, [f"{h:.2g}" if h else "" for h in heights], fontsize=7, padding=1)
+    axis.axhline(1, color="#202124", linewidth=0.8, zorder=0)
+    axis.set_title(direction, fontsize=10)
+    axis.set_xticks(range(len(shapes)), [_shape_label(shape) for shape in shapes], fontsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.margins(y=0.12)
+
+
+def _shape_label(shape):
+    """ "8x256x128x128" in two lines."""
+    batch, channels, height, width = shape.split("x")
+    return f"{height}×{width}\n{channels} ch" + (f", batch {batch}" if batch != "1" else "")

@@ -1,0 +1,99 @@
+"""Times several functions in turn, so that a disturbance hits all of them. Needs torch only."""
+
+import contextlib
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class Timed:
+    """`call()` is what is timed; it runs inside `context()`, whose entry and exit are not."""
+
+    call: Callable[[], object]
+    context: Callable[[], AbstractContextManager] = contextlib.nullcontext
+
+    def __call__(self):
+        with self.context():
+            return self.call()
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """Milliseconds: the median and the 20th and 80th percentiles of `rounds` samples."""
+
+    median_ms: float
+    p20_ms: float
+    p80_ms: float
+    rounds: int
+
+    @classmethod
+    def of(cls, samples):
+        if len(samples) < 2:
+            return cls(samples[0], samples[0], samples[0], len(samples))
+        p20, *_, p80 = statistics.quantiles(samples, n=5, method="inclusive")
+        return cls(statistics.median(samples), p20, p80, len(samples))
+
+
+def interleave(runs, device, seconds, at_least=5, at_most=200):
+    """Times `runs` round-robin for about `seconds`, at least `at_least` rounds; a Summary each.
+
+    Every run has the same number of rounds. The caller has already run each of them once, so
+    compilation and algorithm selection are over; one untimed round here sets the round count.
+    """
+    start = time.perf_counter()
+    for run in runs:
+        run()
+    synchronize(device)
+    round_seconds = max(time.perf_counter() - start, 1e-6)
+    rounds = min(max(int(seconds / round_seconds), at_least), at_most)
+    clock = _cuda_rounds if device.type == "cuda" else _host_rounds
+    return [Summary.of(samples) for samples in clock(runs, device, rounds)]
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _host_rounds(runs, device, rounds):
+    """Wall-clock milliseconds, [run][round]."""
+    samples = [[] for _ in runs]
+    for _ in range(rounds):
+        for run, mine in zip(runs, samples, strict=True):
+            with run.context():
+                start = time.perf_counter()
+                result = run.call()
+                mine.append((time.perf_counter() - start) * 1e3)
+            del result  # freed outside the timed region, before the next run allocates
+    return samples
+
+
+def _cuda_rounds(runs, device, rounds):
+    """Device milliseconds between two events, with a cold L2, [run][round].
+
+    The flush before each run also keeps the GPU busy while the CPU enqueues the run, so short
+    runs are not timed by the speed of Python. Nothing waits for the GPU until the last round.
+    """
+    flush = torch.empty(2 * l2_bytes(device), dtype=torch.uint8, device=device)
+    events = [[] for _ in runs]
+    for _ in range(rounds):
+        for run, mine in zip(runs, events, strict=True):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            with run.context():
+                flush.zero_()
+                begin.record()
+                run.call()
+                end.record()
+            mine.append((begin, end))
+    torch.cuda.synchronize(device)
+    return [[begin.elapsed_time(end) for begin, end in mine] for mine in events]
+
+
+def l2_bytes(device):
+    """The GPU's L2 size in bytes, and at least 128 MB, so that a flush also hides launches."""
+    return max(torch.cuda.get_device_properties(device).L2_cache_size, 128 << 20)

@@ -1,0 +1,129 @@
+// The extension module refinenet_fast._C: kernels on raw pointers, sizes and a stream. Nothing here knows torch;
+// arguments are checked and outputs allocated in Python (refinenet_fast/backends/native.py).
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "build_info.h"
+#include "cpu/kernels.h"
+#ifdef REFINENET_FAST_WITH_CUDA
+#include "cuda/kernels.h"
+#endif
+
+namespace py = pybind11;
+
+namespace refinenet_fast {
+namespace {
+
+using Address = uintptr_t;  // 0 for no tensor
+
+template <class T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// From Python's flat arguments to the kernels' structs. Sizes are N, H, W, C; those of bilinear are the small tensor's,
+// followed by the large one's height and width.
+
+MaxPool5 maxpool5(Address x, Address y, Address argmax, int64_t n, int64_t h, int64_t w, int64_t c, int dtype,
+                  bool relu) {
+  return {at<void>(x), at<void>(y), at<uint8_t>(argmax), {n, h, w, c}, DType(dtype), relu};
+}
+
+MaxPool5Backward maxpool5_backward(Address gy, Address argmax, Address add, Address gx, int64_t n, int64_t h, int64_t w,
+                                   int64_t c, int dtype) {
+  return {at<void>(gy), at<uint8_t>(argmax), at<void>(add), at<void>(gx), {n, h, w, c}, DType(dtype)};
+}
+
+Bilinear bilinear(Address x, Address add, Address y, int64_t n, int64_t h, int64_t w, int64_t c, int64_t out_h,
+                  int64_t out_w, int dtype, bool align_corners) {
+  return {at<void>(x),  at<void>(add), at<void>(y), {n, h, w, c}, {h, out_h, align_corners}, {w, out_w, align_corners},
+          DType(dtype)};
+}
+
+BilinearBackward bilinear_backward(Address gy, Address gx, int64_t n, int64_t h, int64_t w, int64_t c, int64_t out_h,
+                                   int64_t out_w, int dtype, bool align_corners) {
+  return {at<void>(gy),  at<void>(gx), {n, h, w, c}, {h, out_h, align_corners}, {w, out_w, align_corners},
+          DType(dtype)};
+}
+
+// What one kernel is called on each device.
+template <class Arguments>
+struct Entry {
+  const char* name;
+  void (*cpu::Kernels::*on_cpu)(const Arguments&, int threads);
+  int (*on_cuda)(const Arguments&, int device, void* stream);
+};
+
+#ifdef REFINENET_FAST_WITH_CUDA
+#define REFINENET_FAST_ENTRY(NAME) {#NAME, &cpu::Kernels::NAME, cuda::NAME}
+
+void check(int error, const char* kernel, const Shape& s) {
+  if (error == 0) return;
+  throw std::runtime_error("CUDA kernel " + std::string(kernel) + " on (N, H, W, C) = (" + std::to_string(s.n) + ", " +
+                           std::to_string(s.h) + ", " + std::to_string(s.w) + ", " + std::to_string(s.c) +
+                           "): " + cuda::error_string(error));
+}
+#else
+#define REFINENET_FAST_ENTRY(NAME) {#NAME, &cpu::Kernels::NAME, nullptr}
+#endif
+
+const Shape& shape_of(const MaxPool5& a) { return a.shape; }
+const Shape& shape_of(const MaxPool5Backward& a) { return a.shape; }
+const Shape& shape_of(const Bilinear& a) { return a.in; }
+const Shape& shape_of(const BilinearBackward& a) { return a.in; }
+
+// Defines cpu_<name>(..., threads) and, where CUDA is built, cuda_<name>(..., device, stream). Empty tensors are done.
+template <class Arguments, class... Flat>
+void define(py::module_& m, Entry<Arguments> entry, Arguments (*from)(Flat...)) {
+  const auto release = py::call_guard<py::gil_scoped_release>();
+  m.def(
+      ("cpu_" + std::string(entry.name)).c_str(),
+      [entry, from](Flat... flat, int threads) {
+        const Arguments arguments = from(flat...);
+        if (shape_of(arguments).n > 0) (cpu::kernels().*entry.on_cpu)(arguments, threads);
+      },
+      release);
+#ifdef REFINENET_FAST_WITH_CUDA
+  m.def(
+      ("cuda_" + std::string(entry.name)).c_str(),
+      [entry, from](Flat... flat, int device, Address stream) {
+        const Arguments arguments = from(flat...);
+        const Shape& shape = shape_of(arguments);
+        if (shape.n > 0) check(entry.on_cuda(arguments, device, at<void>(stream)), entry.name, shape);
+      },
+      release);
+#endif
+}
+
+py::list cpu_isas() {
+  int count;
+  const cpu::Kernels* const* list = cpu::available_kernels(&count);
+  py::list names;
+  for (int i = 0; i < count; ++i) names.append(list[i]->isa);
+  return names;
+}
+
+void cpu_set_isa(const std::string& isa) {
+  if (cpu::use_isa(isa.c_str())) return;
+  const std::string known = py::str(", ").attr("join")(cpu_isas()).cast<std::string>();
+  throw py::value_error("expected an instruction set that is built in and that this processor has (" + known +
+                        "), got '" + isa + "'");
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "RefineNet's kernels on raw pointers; use refinenet_fast.ops instead.";
+  define<MaxPool5>(m, REFINENET_FAST_ENTRY(maxpool5), maxpool5);
+  define<MaxPool5Backward>(m, REFINENET_FAST_ENTRY(maxpool5_backward), maxpool5_backward);
+  define<Bilinear>(m, REFINENET_FAST_ENTRY(bilinear), bilinear);
+  define<BilinearBackward>(m, REFINENET_FAST_ENTRY(bilinear_backward), bilinear_backward);
+  m.def("cpu_isa", [] { return cpu::kernels().isa; });
+  m.def("cpu_isas", cpu_isas);
+  m.def("cpu_set_isa", cpu_set_isa);
+  m.def("build_info_json", [] { return REFINENET_FAST_BUILD_INFO_JSON; });
+}
+
+}  // namespace refinenet_fast

@@ -1,0 +1,58 @@
+// What each kernel is asked to do, on the CPU and on a GPU alike. Tensors are dense NHWC, as raw pointers.
+#pragma once
+
+#include <cstdint>
+
+#include "common/bilinear_axis.h"
+
+namespace refinenet_fast {
+
+// Element types; the numbers are those of refinenet_fast/_native.py.
+enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+// Sizes in memory order.
+struct Shape {
+  int64_t n, h, w, c;
+};
+
+// (ReLU,) 5x5 max pool, stride 1, padding 2. The argmax byte is dx | dy << 3: dx of the row pass at this pixel, dy of
+// the column pass; the smallest on ties, the last NaN.
+struct MaxPool5 {
+  const void* x;    // [N, H, W, C]
+  void* y;          // [N, H, W, C]
+  uint8_t* argmax;  // [N, H, W, C] or null
+  Shape shape;
+  DType dtype;
+  bool relu;
+};
+
+// gx = add + gradient of the pool in its input (in its ReLU's result, where there is one).
+struct MaxPool5Backward {
+  const void* gy;         // [N, H, W, C]
+  const uint8_t* argmax;  // [N, H, W, C]
+  const void* add;        // [N, H, W, C] or null
+  void* gx;               // [N, H, W, C]
+  Shape shape;
+  DType dtype;
+};
+
+// y = add + x resized from `in` to rows.out x columns.out; y may be add.
+struct Bilinear {
+  const void* x;    // [N, h, w, C]
+  const void* add;  // [N, H, W, C] or null
+  void* y;          // [N, H, W, C]
+  Shape in;         // {N, h, w, C}
+  BilinearAxis rows, columns;
+  DType dtype;
+};
+
+// gx = adjoint of Bilinear in x, applied to gy.
+struct BilinearBackward {
+  const void* gy;  // [N, H, W, C]
+  void* gx;        // [N, h, w, C]
+  Shape in;        // {N, h, w, C}
+  BilinearAxis rows, columns;
+  DType dtype;
+};
+
+}  // namespace refinenet_fast

@@ -1,0 +1,128 @@
+// Bilinear upsample-and-add, any sizes, and its exact adjoint as a gather.
+#include "cpu/kernels.h"
+#include "cpu/simd.h"
+#include "cpu/threads.h"
+
+namespace refinenet_fast::cpu::REFINENET_FAST_ISA {
+namespace {
+
+// One output pixel: the four pixels it reads and their weights.
+struct Corners {
+  int64_t near_near, near_far, far_near, far_far;  // element offsets of (row, column)
+  float weights[4];
+};
+
+template <class T>
+void resize_pixel(const T* x, const T* add, T* y, const Corners& k, int64_t channels) {
+  const Float w0 = splat(k.weights[0]), w1 = splat(k.weights[1]), w2 = splat(k.weights[2]), w3 = splat(k.weights[3]);
+  for_channels(channels, [&](int64_t c, auto lanes) {
+    Float v = w0 * load(x + k.near_near + c, lanes) + w1 * load(x + k.near_far + c, lanes) +
+              w2 * load(x + k.far_near + c, lanes) + w3 * load(x + k.far_far + c, lanes);
+    if (add) v += load(add + c, lanes);
+    store(y + c, v, lanes);
+  });
+}
+
+// The taps of every output along one axis.
+BilinearTaps* all_taps(const BilinearAxis& axis, BilinearTaps* taps /* [out] */) {
+  for (int64_t o = 0; o < axis.out; ++o) taps[o] = bilinear_taps(axis, o);
+  return taps;
+}
+
+template <class T>
+void forward(const Bilinear& p, int threads) {
+  const int64_t channels = p.in.c, width = p.columns.out, height = p.rows.out;
+  void* scratch = workspace(width * sizeof(BilinearTaps));
+  const BilinearTaps* columns = all_taps(p.columns, static_cast<BilinearTaps*>(scratch));
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t row = 0; row < p.in.n * height; ++row) {
+    const BilinearTaps tap = bilinear_taps(p.rows, row % height);
+    const T* image = static_cast<const T*>(p.x) + row / height * p.in.h * p.in.w * channels;
+    for (int64_t x = 0; x < width; ++x) {
+      const BilinearTaps& column = columns[x];
+      const int64_t near = tap.near * p.in.w, far = tap.far * p.in.w, out = (row * width + x) * channels;
+      const Corners corners{(near + column.near) * channels,
+                            (near + column.far) * channels,
+                            (far + column.near) * channels,
+                            (far + column.far) * channels,
+                            {(1 - tap.weight) * (1 - column.weight), (1 - tap.weight) * column.weight,
+                             tap.weight * (1 - column.weight), tap.weight * column.weight}};
+      resize_pixel(image, p.add ? static_cast<const T*>(p.add) + out : nullptr, static_cast<T*>(p.y) + out, corners,
+                   channels);
+    }
+  }
+}
+
+// sum over outputs o that read `input` of weight(o) * from[o * stride]
+template <class T, class Count>
+Float gather(const BilinearTaps* taps, BilinearReaders readers, int64_t input, const T* from, int64_t stride,
+             Count lanes) {
+  Float sum{};
+  for (int64_t o = readers.begin; o < readers.end; ++o) {
+    sum += splat(bilinear_weight(taps[o], input)) * load(from + o * stride, lanes);
+  }
+  return sum;
+}
+
+// gx at row v and columns left ... right - 1: the rows of gy that read v are summed in each column that is needed, and
+// of those sums the columns that read u.
+template <class T>
+void backward_band(const BilinearBackward& p, const BilinearTaps* rows, const BilinearTaps* columns, int64_t n,
+                   int64_t v, int64_t left, int64_t right, float* received /* [columns][pitch] */, int64_t pitch) {
+  const int64_t channels = p.in.c, width = p.columns.out;
+  const T* gy = static_cast<const T*>(p.gy) + n * p.rows.out * width * channels;
+  T* gx = static_cast<T*>(p.gx) + (n * p.in.h + v) * p.in.w * channels;
+  const BilinearReaders over = bilinear_readers(p.rows, v);
+  const int64_t begin = bilinear_readers(p.columns, left).begin, end = bilinear_readers(p.columns, right - 1).end;
+  for (int64_t x = begin; x < end; ++x) {
+    for_channels(channels, [&](int64_t c, auto lanes) {
+      const Float sum = gather(rows, over, v, gy + x * channels + c, width * channels, lanes);
+      store(received + (x - begin) * pitch + c, sum);
+    });
+  }
+  for (int64_t u = left; u < right; ++u) {
+    const BilinearReaders across = bilinear_readers(p.columns, u);
+    for_channels(channels, [&](int64_t c, auto lanes) {
+      store(gx + u * channels + c, gather(columns, across, u, received - begin * pitch + c, pitch, Full{}), lanes);
+    });
+  }
+}
+
+template <class T>
+void backward(const BilinearBackward& p, int threads) {
+  constexpr int64_t kScratchBytes = 256 * 1024;  // half an L2
+  const int64_t pitch = round_up(p.in.c, kLanes), height = p.rows.out, width = p.columns.out;
+  const int64_t band = smaller(p.in.w, larger(4, kScratchBytes / (pitch * 4 * ceil_div(width, p.in.w))));
+  const int64_t bands = ceil_div(p.in.w, band);
+  int64_t widest = 0;  // columns of gy that a band needs
+  for (int64_t left = 0; left < p.in.w; left += band) {
+    const int64_t last = smaller(left + band, p.in.w) - 1;
+    widest = larger(widest, bilinear_readers(p.columns, last).end - bilinear_readers(p.columns, left).begin);
+  }
+  const int64_t bytes = round_up(widest * pitch * 4, 64);
+  const int64_t taps_bytes = round_up((height + width) * sizeof(BilinearTaps), 64);
+  char* scratch = static_cast<char*>(workspace(taps_bytes + bytes * threads));
+  const BilinearTaps* rows = all_taps(p.rows, reinterpret_cast<BilinearTaps*>(scratch));
+  const BilinearTaps* columns = all_taps(p.columns, reinterpret_cast<BilinearTaps*>(scratch) + height);
+#pragma omp parallel num_threads(threads)
+  {
+    float* received = reinterpret_cast<float*>(scratch + taps_bytes + bytes * thread_number());
+#pragma omp for schedule(dynamic)
+    for (int64_t i = 0; i < p.in.n * p.in.h * bands; ++i) {
+      const int64_t row = i / bands, left = i % bands * band, right = smaller(left + band, p.in.w);
+      backward_band<T>(p, rows, columns, row / p.in.h, row % p.in.h, left, right, received, pitch);
+    }
+  }
+}
+
+}  // namespace
+
+void bilinear(const Bilinear& p, int threads) {
+  p.dtype == DType::kFloat32 ? forward<float>(p, threads) : forward<BFloat16>(p, threads);
+}
+
+void bilinear_backward(const BilinearBackward& p, int threads) {
+  p.dtype == DType::kFloat32 ? backward<float>(p, threads) : backward<BFloat16>(p, threads);
+}
+
+}  // namespace refinenet_fast::cpu::REFINENET_FAST_ISA

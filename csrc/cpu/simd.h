@@ -1,0 +1,118 @@
+// Vectors of float32 lanes over the instruction set this file is compiled for, by GCC's and Clang's vector extensions.
+// Everything is in a namespace of the instruction set's name and nothing comes from the standard library's templates:
+// the linker merges functions of one name, and must not hand AVX-512 code to a processor without it.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#ifndef REFINENET_FAST_ISA
+#error "define REFINENET_FAST_ISA: baseline, avx2 or avx512"
+#endif
+
+namespace refinenet_fast::cpu::REFINENET_FAST_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+constexpr int kLanes = kVectorBytes / 4;
+
+typedef float Float __attribute__((vector_size(kVectorBytes)));
+typedef int32_t Int __attribute__((vector_size(kVectorBytes)));
+typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
+typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
+typedef uint8_t Bytes __attribute__((vector_size(kVectorBytes / 4)));
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+static inline Float splat(float value) { return value - Float{}; }
+// The larger; `b` where either is NaN.
+static inline Float max(Float a, Float b) { return a > b ? a : b; }
+static inline bool any(Int mask) {
+  int32_t seen = 0;
+  for (int i = 0; i < kLanes; ++i) seen |= mask[i];
+  return seen != 0;
+}
+static inline Float select(Int mask, Float yes, Float no) { return mask ? yes : no; }
+static inline Int select(Int mask, Int yes, Int no) { return mask ? yes : no; }
+// The value where the mask is set, else +0: a choice, not a product, so that NaN and infinity do not leak.
+static inline Float keep(Int mask, Float value) { return (Float)((Int)value & mask); }
+// As PyTorch's: NaN stays NaN.
+static inline Float relu(Float v) { return keep(~(v <= Float{}), v); }
+// Whether `v` replaces `best` in a max pool: it is larger, or NaN.
+static inline Int better(Float v, Float best) { return (v > best) | (v != v); }
+
+static inline Float widen(Float v) { return v; }
+static inline Float widen(Halves v) { return (Float)(__builtin_convertvector(v, Bits) << 16); }
+static inline Int widen(Bytes v) { return __builtin_convertvector(v, Int); }
+
+template <class T>
+struct Memory;  // what a vector of kLanes elements of T is in memory
+
+template <>
+struct Memory<float> {
+  typedef Float Vector;
+  static inline Float narrow(Float v) { return v; }
+};
+
+template <>
+struct Memory<BFloat16> {
+  typedef Halves Vector;
+  // Round to nearest, ties to even; NaN stays a quiet NaN.
+  static inline Halves narrow(Float v) {
+    const Bits bits = (Bits)v;
+    const Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    const Bits quiet = (bits >> 16) | 0x40;
+    return __builtin_convertvector((Bits)select(v != v, (Int)quiet, (Int)rounded), Halves);
+  }
+};
+
+template <>
+struct Memory<uint8_t> {
+  typedef Bytes Vector;
+  static inline Bytes narrow(Int v) { return __builtin_convertvector(v, Bytes); }
+};
+
+// How many elements a vector holds: all lanes, known to the compiler, or fewer at the end of the channels.
+struct Full {};
+struct Partial {
+  int64_t lanes;
+};
+
+static inline size_t lanes_of(Full) { return kLanes; }
+static inline size_t lanes_of(Partial p) { return p.lanes; }
+
+// kLanes elements from p on as float32 (bytes as int32); the lanes that `count` leaves out are 0.
+template <class T, class Count = Full>
+static inline auto load(const T* p, Count count = {}) {
+  typename Memory<T>::Vector v{};
+  memcpy(&v, p, lanes_of(count) * sizeof(T));
+  return widen(v);
+}
+
+template <class T, class V, class Count = Full>
+static inline void store(T* p, V value, Count count = {}) {
+  const auto v = Memory<T>::narrow(value);
+  memcpy(p, &v, lanes_of(count) * sizeof(T));
+}
+
+// body(c, count) for each vector of channels, whole ones first.
+template <class Body>
+static inline void for_channels(int64_t channels, const Body& body) {
+  int64_t c = 0;
+  for (; c + kLanes <= channels; c += kLanes) body(c, Full{});
+  if (c < channels) body(c, Partial{channels - c});
+}
+
+static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+static inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+}  // namespace refinenet_fast::cpu::REFINENET_FAST_ISA

@@ -1,0 +1,17 @@
+// The CUDA kernels' launchers. Each is a plain function: it enqueues on `stream` of `device` and returns a cudaError_t
+// as an int, 0 for success. Nothing is allocated and nothing waits.
+#pragma once
+
+#include "common/arguments.h"
+
+namespace refinenet_fast::cuda {
+
+int maxpool5(const MaxPool5&, int device, void* stream);
+int maxpool5_backward(const MaxPool5Backward&, int device, void* stream);
+int bilinear(const Bilinear&, int device, void* stream);
+int bilinear_backward(const BilinearBackward&, int device, void* stream);
+
+// CUDA's own words for an error.
+const char* error_string(int error);
+
+}  // namespace refinenet_fast::cuda

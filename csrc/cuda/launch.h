@@ -1,0 +1,100 @@
+// What every kernel here shares: one thread a vector of channels, element types, and the launch itself.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <initializer_list>
+
+#include "common/arguments.h"
+
+namespace refinenet_fast::cuda {
+
+constexpr int kThreads = 256;  // a block
+
+// V neighbouring channels of one pixel, moved in one access.
+template <class T, int V>
+struct alignas(sizeof(T) * V) Pack {
+  T lane[V];
+};
+
+template <class T, int V>
+__device__ inline Pack<T, V> load(const T* p) {
+  return *reinterpret_cast<const Pack<T, V>*>(p);
+}
+
+template <class T, int V>
+__device__ inline void store(T* p, const Pack<T, V>& value) {
+  *reinterpret_cast<Pack<T, V>*>(p) = value;
+}
+
+__device__ inline float widen(float v) { return v; }
+__device__ inline float widen(__half v) { return __half2float(v); }
+__device__ inline float widen(__nv_bfloat16 v) { return __bfloat162float(v); }
+
+__device__ inline void narrow(float v, float* to) { *to = v; }
+__device__ inline void narrow(float v, __half* to) { *to = __float2half_rn(v); }
+__device__ inline void narrow(float v, __nv_bfloat16* to) { *to = __float2bfloat16_rn(v); }
+
+// The index of this thread over the whole grid.
+__device__ inline int64_t thread_index() { return static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; }
+
+// Takes the last coordinate off a flat index.
+__device__ inline int64_t pop(int64_t* index, int64_t size) {
+  const int64_t last = *index % size;
+  *index /= size;
+  return last;
+}
+
+// The largest V for which V elements of T are 16 bytes, or 1 where channels or an address forbid that.
+template <class T>
+int vector_lanes(int64_t channels, std::initializer_list<const void*> tensors) {
+  constexpr int kLanes = 16 / sizeof(T);
+  uintptr_t bits = 0;
+  for (const void* p : tensors) bits |= reinterpret_cast<uintptr_t>(p);
+  return channels % kLanes == 0 && bits % 16 == 0 ? kLanes : 1;
+}
+
+// The caller's device is restored on every way out.
+class OnDevice {
+ public:
+  explicit OnDevice(int device) : error_(cudaGetDevice(&before_)) {
+    if (error_ == cudaSuccess) error_ = cudaSetDevice(device);
+  }
+  ~OnDevice() {
+    if (before_ >= 0) cudaSetDevice(before_);
+  }
+  cudaError_t error() const { return error_; }
+
+ private:
+  int before_ = -1;
+  cudaError_t error_;
+};
+
+// kernel<<<...>>>(arguments) with one thread for each of `count` work items.
+template <class Arguments>
+int launch(void (*kernel)(Arguments), const Arguments& arguments, int64_t count, int device, void* stream) {
+  const OnDevice on(device);
+  if (on.error() != cudaSuccess) return on.error();
+  const int64_t blocks = (count + kThreads - 1) / kThreads;
+  if (blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
+  kernel<<<static_cast<unsigned>(blocks), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(arguments);
+  return cudaGetLastError();
+}
+
+// Op<T>::run for the arguments' element type.
+template <template <class> class Op, class Arguments>
+int by_dtype(const Arguments& arguments, int device, void* stream) {
+  switch (arguments.dtype) {
+    case DType::kFloat32:
+      return Op<float>::run(arguments, device, stream);
+    case DType::kFloat16:
+      return Op<__half>::run(arguments, device, stream);
+    case DType::kBFloat16:
+      return Op<__nv_bfloat16>::run(arguments, device, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace refinenet_fast::cuda

@@ -1,0 +1,14 @@
+"""RefineNet's hot paths as fused kernels, forward and backward, and the model on top of them."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from refinenet_fast import ops
+from refinenet_fast._native import build_info
+from refinenet_fast.backends import list_backends, use_backend
+
+try:
+    __version__ = version("refinenet-fast")
+except PackageNotFoundError:  # an uninstalled checkout on the path
+    __version__ = "0+unknown"
+
+__all__ = ["build_info", "list_backends", "ops", "use_backend"]

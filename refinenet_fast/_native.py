@@ -1,0 +1,54 @@
+"""The compiled core ``refinenet_fast._C``, or the reason it is missing."""
+
+from __future__ import annotations
+
+import json
+import os
+from types import ModuleType
+from typing import Any
+
+import torch  # first: its OpenMP runtime is the one that _C then shares
+from torch import Tensor
+
+_C: ModuleType | None
+try:
+    from refinenet_fast import _C  # type: ignore[attr-defined, no-redef]
+except ImportError as error:
+    _C = None
+    missing: str | None = f"the compiled core refinenet_fast._C cannot be imported ({error}); run `pip install -e .`"
+else:
+    missing = None
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType in csrc/common/types.h
+
+
+def build_info() -> dict[str, Any]:
+    """What was built into this installation, for which architectures, and what was left out and why.
+
+    Returns:
+        A dict with ``version``, ``cxx_compiler``, ``build_type``, ``openmp``, ``cpu_isas`` and ``cuda`` (``built``,
+        ``compiler``, ``version``, ``archs``, ``reason``); and ``cpu_isa``, the instruction set in use on this machine.
+
+    Raises:
+        RuntimeError: The compiled core is missing.
+    """
+    if _C is None:
+        raise RuntimeError(missing)
+    return {**json.loads(_C.build_info_json()), "cpu_isa": _C.cpu_isa()}
+
+
+def pointer(t: Tensor | None) -> int:
+    """Address of the first element; 0 for None."""
+    return 0 if t is None else t.data_ptr()
+
+
+def _force_isa_from_environment() -> None:
+    wanted = os.environ.get("REFINENET_FAST_CPU_ISA")
+    if wanted and _C is not None:
+        try:
+            _C.cpu_set_isa(wanted)
+        except ValueError as error:
+            raise ValueError(f"REFINENET_FAST_CPU_ISA: {error}") from None
+
+
+_force_isa_from_environment()

@@ -1,0 +1,263 @@
+"""What a backend is: four kernels, and a reason where it cannot run.
+
+The kernels (N, C, H, W are always the sizes of a ``channels_last`` tensor):
+
+=========================  =====================================================================================
+``conv3x3``                3x3, stride 1, padding 1 (or its 1x1 twin, padding 0), with a :class:`WayIn` and a
+                           :class:`WayOut`; the input gradient is the same kernel with rotated weights
+``conv3x3_weight_grad``    its weight and bias gradient
+``maxpool5``               5x5 max pool, stride 1, padding 2, with a one-byte argmax; its backward is a gather
+``bilinear``               upsample-and-add; its backward is the exact adjoint, as a gather
+=========================  =====================================================================================
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from refinenet_fast.layout import nhwc
+
+
+@dataclass(frozen=True)
+class WayIn:
+    """What a convolution does to its input: ReLU, then 5x5 max pool."""
+
+    relu: bool = False
+    pool: bool = False
+
+
+@dataclass(frozen=True)
+class WayOut:
+    """What a convolution does to its result, in the order of the fields.
+
+    ``select`` keeps a value where ``!(select <= 0)``, so that NaN passes as it does in PyTorch's ReLU backward.
+    """
+
+    bias: Tensor | None = None  # (K,)
+    relu: bool = False
+    select: Tensor | None = None  # (N, K, H, W)
+    add: tuple[Tensor, ...] = ()  # each (N, K, H, W)
+    add_relu: tuple[Tensor, ...] = ()  # each (N, K, H, W), its ReLU is added
+    upsample: Tensor | None = None  # (N, K, h, w), added bilinearly upsampled to (H, W)
+    align_corners: bool = True  # of that upsampling
+
+
+PLAIN_IN, PLAIN_OUT = WayIn(), WayOut()
+
+
+class Backend(ABC):
+    """One implementation of the four kernels.
+
+    ``fused_in`` and ``fused_out`` name the fields of :class:`WayIn` and :class:`WayOut` that the backend's own
+    ``_conv3x3`` performs; the others are composed around it here, once for all backends.
+    """
+
+    name: ClassVar[str]
+    proven: ClassVar[bool] = True  # False: built, but never executed on its device, so `auto` does not pick it
+    fused_in: ClassVar[frozenset[str]] = frozenset()
+    fused_out: ClassVar[frozenset[str]] = frozenset({"bias"})
+
+    @abstractmethod
+    def unavailable(self) -> str | None:
+        """Why nothing can run here at all, or None."""
+
+    @abstractmethod
+    def can_run(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """None if tensors of this device and dtype can be run, else the reason they cannot."""
+
+    # -- convolution ----------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _conv3x3(
+        self,
+        x: Tensor,  # (N, C, H, W)
+        weight: Tensor,  # (K, C, 3, 3) or (K, C, 1, 1)
+        way_in: WayIn,
+        way_out: WayOut,
+    ) -> Tensor:  # (N, K, H, W)
+        """The convolution with only those ways in and out that ``fused_in`` and ``fused_out`` name."""
+
+    @abstractmethod
+    def _conv3x3_weight_grad(
+        self,
+        x: Tensor,  # (N, C, H, W)
+        gy: Tensor,  # (N, K, H, W)
+        weight: Tensor,  # (K, C, 3, 3) or (K, C, 1, 1): for its shape, dtype and strides
+    ) -> Tensor:  # as weight
+        """Sum over the pixels, in a fixed order."""
+
+    def conv3x3(
+        self,
+        x: Tensor,  # (N, C, H, W)
+        weight: Tensor,  # (K, C, 3, 3) or (K, C, 1, 1)
+        way_in: WayIn = PLAIN_IN,
+        way_out: WayOut = PLAIN_OUT,
+    ) -> Tensor:  # (N, K, H, W)
+        """3x3 (or 1x1) convolution with everything done on the way in and out."""
+        x, way_in = self._compose_in(x, way_in)
+        fused, left = self._split(way_out)
+        return self.way_out(self._conv3x3(x, weight, way_in, fused), left)
+
+    def conv3x3_weight_grad(
+        self,
+        x: Tensor,  # (N, C, H, W), as saved: before the way in
+        gy: Tensor,  # (N, K, H, W)
+        weight: Tensor,  # (K, C, 3, 3) or (K, C, 1, 1)
+        way_in: WayIn = PLAIN_IN,
+    ) -> Tensor:  # as weight, in dtype and strides too
+        """Gradient of ``conv3x3`` in its weight."""
+        x, _ = self._compose_in(x, way_in, fused=frozenset())
+        grad = self._conv3x3_weight_grad(x, gy, weight)
+        if grad.dtype == weight.dtype and grad.stride() == weight.stride():
+            return grad
+        return torch.empty_like(weight).copy_(grad)
+
+    def bias_grad(
+        self,
+        gy: Tensor,  # (N, K, H, W)
+        bias: Tensor,  # (K,): for its dtype
+    ) -> Tensor:  # (K,)
+        """Gradient of ``conv3x3`` in its bias, summed in float32 at least."""
+        wide = torch.promote_types(gy.dtype, torch.float32)
+        return gy.sum((0, 2, 3), dtype=wide).to(bias.dtype)
+
+    def _compose_in(self, x: Tensor, way_in: WayIn, fused: frozenset[str] | None = None) -> tuple[Tensor, WayIn]:
+        fused = self.fused_in if fused is None else fused
+        if way_in.pool and "pool" not in fused:
+            return self.maxpool5(x, relu=way_in.relu)[0], PLAIN_IN
+        if way_in.relu and "relu" not in fused:
+            return torch.relu(x), replace(way_in, relu=False)
+        return x, way_in
+
+    def _split(self, way_out: WayOut) -> tuple[WayOut, WayOut]:
+        """The longest run of steps, from the first on, that the backend fuses; and the steps that are left."""
+        fused, left, fusing = {}, {}, True
+        for step in ("bias", "relu", "select", "add", "add_relu", "upsample"):
+            wanted = getattr(way_out, step)
+            if wanted is None or wanted is False or wanted == ():
+                continue
+            fusing = fusing and step in self.fused_out
+            (fused if fusing else left)[step] = wanted
+        corners = way_out.align_corners
+        return WayOut(**fused, align_corners=corners), WayOut(**left, align_corners=corners)
+
+    def way_out(
+        self,
+        y: Tensor,  # (N, K, H, W), owned by the caller: overwritten
+        way_out: WayOut,
+    ) -> Tensor:  # (N, K, H, W)
+        """The steps of ``way_out`` one after another, where no convolution performs them."""
+        if way_out.bias is not None:
+            y = y.add_(way_out.bias.to(y.dtype)[:, None, None])
+        if way_out.relu:
+            y = y.relu_()
+        if way_out.select is not None:
+            y = select(y, way_out.select)
+        for other in way_out.add:
+            y = y.add_(other)
+        for other in way_out.add_relu:
+            y = y.add_(torch.relu(other))
+        if way_out.upsample is not None:
+            size = (y.shape[2], y.shape[3])
+            y = self.bilinear(way_out.upsample, size, way_out.align_corners, add=y, overwrite_add=True)
+        return y
+
+    # -- pooling and resampling -----------------------------------------------------------------------------------
+
+    @abstractmethod
+    def maxpool5(
+        self,
+        x: Tensor,  # (N, C, H, W)
+        relu: bool = False,
+        argmax: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:  # (N, C, H, W) as x; (N, C, H, W) uint8
+        """(ReLU,) 5x5 max pool, stride 1, padding 2, by rows then columns.
+
+        The argmax byte at (y, x) is ``dx | dy << 3``, dx and dy in 0..4: dx says which of x - 2 ... x + 2 is the
+        largest in row y (the row pass); dy says which of the row maxima at y - 2 ... y + 2 is the largest in column x
+        (the column pass). Smallest dx, then smallest dy on ties, and the last NaN: PyTorch's choice.
+        """
+
+    @abstractmethod
+    def maxpool5_backward(
+        self,
+        gy: Tensor,  # (N, C, H, W)
+        argmax: Tensor,  # (N, C, H, W) uint8
+        add: Tensor | None = None,  # (N, C, H, W)
+    ) -> Tensor:  # (N, C, H, W) as gy
+        """Gradient of ``maxpool5`` (not of its ReLU) as a gather, plus ``add``, the running gradient."""
+
+    @abstractmethod
+    def bilinear(
+        self,
+        x: Tensor,  # (N, C, h, w)
+        size: tuple[int, int],  # (H, W)
+        align_corners: bool,
+        add: Tensor | None = None,  # (N, C, H, W)
+        overwrite_add: bool = False,
+    ) -> Tensor:  # (N, C, H, W)
+        """``add`` + ``x`` resized bilinearly; written into ``add`` itself if the caller owns it and says so."""
+
+    @abstractmethod
+    def bilinear_backward(
+        self,
+        gy: Tensor,  # (N, C, H, W)
+        size: tuple[int, int],  # (h, w)
+        align_corners: bool,
+    ) -> Tensor:  # (N, C, h, w)
+        """The adjoint of ``bilinear``: the gradient in its ``x``."""
+
+
+def select(
+    y: Tensor,  # (N, C, H, W), owned by the caller: overwritten
+    mask: Tensor,  # (N, C, H, W)
+) -> Tensor:  # (N, C, H, W)
+    """``y`` where ``!(mask <= 0)``, else 0: ReLU's backward, NaN included."""
+    return torch.ops.aten.threshold_backward.grad_input(y, mask, 0, grad_input=y)
+
+
+def rotated(
+    weight: Tensor,  # (K, C, R, R)
+) -> Tensor:  # (C, K, R, R)
+    """Weights of the input gradient: turned by 180 degrees, input and output channels exchanged."""
+    return weight.flip(2, 3).transpose(0, 1)
+
+
+class VendorConv:
+    """The vendor's convolution (oneDNN, cuDNN), for a backend that has none of its own: a mixin."""
+
+    def _conv3x3(self, x: Tensor, weight: Tensor, way_in: WayIn, way_out: WayOut) -> Tensor:
+        bias = None if way_out.bias is None else way_out.bias.to(x.dtype)
+        with _deterministic(x):
+            return nhwc(torch.conv2d(x, weight.to(x.dtype), bias, padding=weight.shape[2] // 2))
+
+    def _conv3x3_weight_grad(self, x: Tensor, gy: Tensor, weight: Tensor) -> Tensor:
+        if gy.numel() == 0:
+            return torch.zeros_like(weight)
+        pad = weight.shape[2] // 2
+        with _deterministic(x):
+            grads = torch.ops.aten.convolution_backward(
+                gy, x, weight.to(x.dtype), None, [1, 1], [pad, pad], [1, 1], False, [0, 0], 1, [False, True, False]
+            )
+        return grads[1]
+
+
+class _deterministic:
+    """cuDNN's deterministic algorithms only, within the block; nothing for tensors that are not on a GPU."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.on = x.is_cuda
+
+    def __enter__(self) -> None:
+        if self.on:
+            self.before = torch.backends.cudnn.deterministic
+            torch.backends.cudnn.deterministic = True
+
+    def __exit__(self, *_: object) -> None:
+        if self.on:
+            torch.backends.cudnn.deterministic = self.before

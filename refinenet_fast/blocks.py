@@ -1,0 +1,207 @@
+"""RefineNet's blocks as modules, named as in the paper (Lin et al., CVPR 2017, section 3.2; arXiv 1611.06612).
+
+Their children are ordinary ``nn.Conv2d``, so initialisation, weight decay groups, parametrizations and state dicts work
+as everywhere. Inside a fused op a child only holds its parameters: its own forward, and hooks on it, do not run. All
+blocks take any floating dtype and return ``channels_last`` memory; under autocast the parameters stay float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from refinenet_fast.ops import _check, crp, fuse, rcu
+from refinenet_fast.ops.crp import ORDERS
+from refinenet_fast.ops.rcu import SKIPS
+
+
+class ResidualConvUnit(nn.Module):
+    """Residual conv unit (section 3.2): ``y = x + conv2(relu(conv1(relu(x))))``, both convolutions 3x3.
+
+    Args:
+        channels: C.
+        bias: Whether the first and the second convolution have a bias.
+        skip: ``"raw"`` adds ``x`` (paper); ``"relu"`` adds ``relu(x)`` (ports whose ReLU works in place).
+
+    Raises:
+        TypeError, ValueError: An argument is not of this form; names it, what was expected and what came.
+    """
+
+    def __init__(self, channels: int, bias: tuple[bool, bool] = (True, False), skip: str = "raw") -> None:
+        super().__init__()
+        check_positive(channels, "channels")
+        first, second = _pair(bias, "bias")
+        self.skip = _check.choice(skip, "skip", SKIPS)
+        self.conv1 = _conv(channels, channels, bias=first)
+        self.conv2 = _conv(channels, channels, bias=second)
+
+    def forward(
+        self,
+        x: Tensor,  # (N, C, H, W)
+    ) -> Tensor:  # (N, C, H, W)
+        return rcu(x, self.conv1.weight, self.conv1.bias, self.conv2.weight, self.conv2.bias, self.skip)
+
+    def extra_repr(self) -> str:
+        return f"skip={self.skip!r}"
+
+
+class MultiResolutionFusion(nn.Module):
+    """Multi-resolution fusion (section 3.2): a 3x3 convolution per path, all resized to the largest path, summed.
+
+    Nothing in it is non-linear. Each path is convolved at its own resolution, then upsampled bilinearly.
+
+    Args:
+        in_channels: C_i of each path, one or more.
+        channels: K, the channels of the result.
+        align_corners: As in ``torch.nn.functional.interpolate``.
+
+    Raises:
+        TypeError, ValueError: An argument is not of this form; names it, what was expected and what came.
+    """
+
+    def __init__(self, in_channels: Sequence[int], channels: int, align_corners: bool = True) -> None:
+        super().__init__()
+        self.in_channels = _channels(in_channels, "in_channels")
+        check_positive(channels, "channels")
+        self.align_corners = align_corners
+        self.convs = nn.ModuleList(_conv(c, channels) for c in self.in_channels)
+
+    def forward(
+        self,
+        xs: Sequence[Tensor],  # each (N, C_i, H_i, W_i)
+    ) -> Tensor:  # (N, K, max H_i, max W_i)
+        xs = _check_paths(xs, "xs", self.in_channels)
+        return fuse(xs, [conv.weight for conv in self.convs], align_corners=self.align_corners)
+
+    def extra_repr(self) -> str:
+        return f"align_corners={self.align_corners}"
+
+
+class ChainedResidualPooling(nn.Module):
+    """Chained residual pooling (section 3.2): one ReLU, then 5x5 max pools and convolutions in a chain, all summed.
+
+    Args:
+        channels: C.
+        stages: Links of the chain: 2 in the paper, 4 in the released networks.
+        order: ``"pool-conv"``, or ``"conv-pool"`` (the paper's improved variant).
+        kernel_size: 3, or 1 as in Light-Weight RefineNet (Nekrasov et al., BMVC 2018).
+
+    Raises:
+        TypeError, ValueError: An argument is not of this form; names it, what was expected and what came.
+    """
+
+    def __init__(self, channels: int, stages: int = 2, order: str = "pool-conv", kernel_size: int = 3) -> None:
+        super().__init__()
+        check_positive(channels, "channels")
+        check_positive(stages, "stages")
+        self.order = _check.choice(order, "order", ORDERS)
+        if kernel_size not in (1, 3):
+            raise ValueError(f"kernel_size: expected 1 or 3, got {kernel_size!r}")
+        self.convs = nn.ModuleList(_conv(channels, channels, kernel_size) for _ in range(stages))
+
+    def forward(
+        self,
+        x: Tensor,  # (N, C, H, W)
+    ) -> Tensor:  # (N, C, H, W)
+        return crp(x, [conv.weight for conv in self.convs], order=self.order)
+
+    def extra_repr(self) -> str:
+        return f"order={self.order!r}"
+
+
+class RefineNetBlock(nn.Module):
+    """One RefineNet block (section 3.2, figure 3): adapt, fuse, pool, output.
+
+    Every path goes through two residual conv units at its own width; a trunk's map is first brought to the block's
+    width by a 3x3 convolution without bias. A block with a single path has no fusion.
+
+    Args:
+        trunk_channels: C_i of the trunk maps that the block reads.
+        channels: The block's width: 512 in the paper's deepest block, 256 in the others.
+        previous_channels: Width of the previous block's output, which then is the last path; None for the first block.
+        crp_stages: Stages of chained residual pooling.
+        output_units: Residual conv units at the end: 1, and 3 in the last block.
+        align_corners: Of the fusion's bilinear upsampling.
+
+    Raises:
+        TypeError, ValueError: An argument is not of this form; names it, what was expected and what came.
+    """
+
+    def __init__(
+        self,
+        trunk_channels: Sequence[int],
+        channels: int,
+        previous_channels: int | None = None,
+        crp_stages: int = 2,
+        output_units: int = 1,
+        align_corners: bool = True,
+    ) -> None:
+        super().__init__()
+        trunk_channels = _channels(trunk_channels, "trunk_channels")
+        previous = [] if previous_channels is None else [check_positive(previous_channels, "previous_channels")]
+        check_positive(channels, "channels")
+        check_positive(crp_stages, "crp_stages")
+        check_positive(output_units, "output_units")
+        widths = [channels] * len(trunk_channels) + previous
+        self.in_channels = [*trunk_channels, *previous]
+        self.adapt = nn.ModuleList(_conv(c, channels) for c in trunk_channels)
+        self.units = nn.ModuleList(_units(width, 2) for width in widths)
+        self.fusion = MultiResolutionFusion(widths, channels, align_corners) if len(widths) > 1 else None
+        self.pooling = ChainedResidualPooling(channels, crp_stages)
+        self.output = _units(channels, output_units)
+
+    def forward(
+        self,
+        maps: Sequence[Tensor],  # each (N, C_i, H_i, W_i): the trunk's, then the previous block's output
+    ) -> Tensor:  # (N, channels, max H_i, max W_i)
+        maps = _check_paths(maps, "maps", self.in_channels)
+        from_trunk = len(self.adapt)
+        maps = [conv(x) for conv, x in zip(self.adapt, maps[:from_trunk], strict=True)] + maps[from_trunk:]
+        maps = [units(x) for units, x in zip(self.units, maps, strict=True)]
+        y = maps[0] if self.fusion is None else self.fusion(maps)
+        return self.output(self.pooling(y))
+
+
+def _conv(in_channels: int, channels: int, kernel_size: int = 3, bias: bool = False) -> nn.Conv2d:
+    """A convolution that keeps the size; the decoder's have no bias unless something else is said."""
+    return nn.Conv2d(in_channels, channels, kernel_size, padding=kernel_size // 2, bias=bias)
+
+
+def _units(channels: int, count: int) -> nn.Sequential:
+    return nn.Sequential(*(ResidualConvUnit(channels) for _ in range(count)))
+
+
+def check_positive(value: Any, argument: str) -> int:
+    """``value`` if it is an integer >= 1."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{argument}: expected an integer, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{argument}: expected an integer >= 1, got {value}")
+    return value
+
+
+def _channels(value: Any, argument: str) -> list[int]:
+    return [check_positive(c, f"{argument}[{i}]") for i, c in enumerate(_check.sequence(value, argument))]
+
+
+def _pair(value: Any, argument: str) -> tuple[bool, bool]:
+    if not isinstance(value, list | tuple) or [type(entry) for entry in value] != [bool, bool]:
+        raise TypeError(f"{argument}: expected a pair of bools, got {value!r}")
+    return value[0], value[1]
+
+
+def _check_paths(
+    xs: Any,  # each (N, C_i, H_i, W_i)
+    argument: str,
+    channels: list[int],
+) -> list[Tensor]:
+    """``xs`` as a list, if it has one (N, C_i, H_i, W_i) for each of ``channels``."""
+    xs = _check.sequence(xs, argument)
+    if len(xs) != len(channels):
+        raise ValueError(f"{argument}: expected {len(channels)} maps, one a path, got {len(xs)}")
+    for i, (x, c) in enumerate(zip(xs, channels, strict=True)):
+        if _check.image(x, f"{argument}[{i}]").shape[1] != c:
+            raise ValueError(f"{argument}[{i}]: expected {c} channels, got {x.shape[1]} (shape {tuple(x.shape)})")
+    return xs

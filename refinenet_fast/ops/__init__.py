@@ -1,0 +1,7 @@
+"""RefineNet's three hot paths as differentiable ops. One file each: what it accepts, forward and backward."""
+
+from refinenet_fast.ops.crp import crp
+from refinenet_fast.ops.fuse import fuse
+from refinenet_fast.ops.rcu import rcu
+
+__all__ = ["crp", "fuse", "rcu"]

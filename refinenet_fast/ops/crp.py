@@ -1,0 +1,182 @@
+"""Chained residual pooling (Lin et al., CVPR 2017, section 3.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from refinenet_fast.backends import Backend, WayIn, WayOut, resolve, rotated, select
+from refinenet_fast.layout import empty_nhwc
+from refinenet_fast.ops import _check
+from refinenet_fast.ops._autocast import activations
+from refinenet_fast.ops._library import HotPath, Tensors
+
+ORDERS = ("pool-conv", "conv-pool")
+
+
+def crp(
+    x: Tensor,  # (N, C, H, W)
+    weights: Sequence[Tensor],  # each (C, C, 3, 3) or (C, C, 1, 1), one a stage
+    biases: Sequence[Tensor | None] | None = None,  # each (C,)
+    order: str = "pool-conv",
+) -> Tensor:  # (N, C, H, W)
+    r"""Chained residual pooling: ``y = r + t1 + ... + tn``, where ``r = relu(x)`` and each stage feeds the next.
+
+    .. math:: t_k = \mathrm{conv}_k(\mathrm{pool}(t_{k-1})) \quad\text{or}\quad
+              t_k = \mathrm{pool}(\mathrm{conv}_k(t_{k-1})), \qquad t_0 = r
+
+    with a 5x5 max pool of stride 1. What is kept for backward is, per stage, the convolution's input and one byte per
+    pooled element.
+
+    Args:
+        x: Activations, any floating dtype. ``channels_last`` memory is used as it is, another layout costs one copy.
+        weights: One or more stages; float32 weights may stand beside float16 or bfloat16 activations.
+        biases: One entry a stage, None where a stage has no bias; None for no biases at all.
+        order: ``"pool-conv"`` (the paper's and the released networks') or ``"conv-pool"`` (the paper's improved one).
+
+    Returns:
+        In ``channels_last`` memory, of the dtype of ``x`` (of autocast's where autocast is on).
+
+    Raises:
+        TypeError, ValueError: An argument is not of this form; names it, what was expected and what came.
+        RuntimeError: A forced backend cannot run this; says why.
+    """
+    _check.choice(order, "order", ORDERS)
+    x = activations(_check.image(x, "x"))
+    weights = _check.sequence(weights, "weights")
+    biases = _check.as_many(biases, "biases", len(weights), of="weights")
+    for k, (w, b) in enumerate(zip(weights, biases, strict=True)):
+        _check.weight(w, f"weights[{k}]", x)
+        if w.shape[0] != w.shape[1]:
+            raise ValueError(f"weights[{k}]: expected as many output as input channels, got {tuple(w.shape)}")
+        _check.bias(b, f"biases[{k}]", w, x)
+    return _CRP(resolve("crp", x), [x, *weights, *biases], order)
+
+
+def _unpack(tensors: Tensors) -> tuple[Tensor, Tensors, Tensors]:
+    stages = len(tensors) // 2
+    return tensors[0], tensors[1 : 1 + stages], tensors[1 + stages :]
+
+
+def _forward(kernels: Backend, tensors: Tensors, order: str, keep: bool) -> tuple[Tensor, list[Tensor]]:
+    """Result, and per stage what its convolution reads and the pool's argmax byte."""
+    x, weights, biases = _unpack(tensors)
+    stage = _pool_conv if order == "pool-conv" else _conv_pool
+    t, sums, saved = x, [], []
+    for k, (w, b) in enumerate(zip(weights, biases, strict=True)):
+        last = k == len(weights) - 1
+        total = WayOut(add=tuple(sums), add_relu=(x,)) if last else WayOut()
+        t, kept = stage(kernels, t, w, b, first=k == 0, total=total, keep=keep)
+        sums.append(t)
+        saved += kept
+    return t, saved
+
+
+def _pool_conv(
+    kernels: Backend,
+    t: Tensor,  # (N, C, H, W): x itself for the first stage
+    w: Tensor,  # (C, C, R, R)
+    b: Tensor | None,  # (C,)
+    first: bool,
+    total: WayOut,
+    keep: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    way_out = WayOut(bias=b, add=total.add, add_relu=total.add_relu)
+    if not keep:
+        return kernels.conv3x3(t, w, WayIn(relu=first, pool=True), way_out), []
+    pooled, argmax = kernels.maxpool5(t, relu=first, argmax=True)
+    return kernels.conv3x3(pooled, w, way_out=way_out), [pooled, argmax]
+
+
+def _conv_pool(
+    kernels: Backend,
+    t: Tensor,  # (N, C, H, W): x itself for the first stage
+    w: Tensor,  # (C, C, R, R)
+    b: Tensor | None,  # (C,)
+    first: bool,
+    total: WayOut,
+    keep: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    convolved = kernels.conv3x3(t, w, WayIn(relu=first), WayOut(bias=b))
+    pooled, argmax = kernels.maxpool5(convolved, argmax=keep)
+    kept = [] if not keep else [argmax] if first else [t, argmax]
+    return kernels.way_out(pooled, total), kept
+
+
+def _backward(
+    kernels: Backend,
+    gy: Tensor,  # (N, C, H, W)
+    tensors: Tensors,
+    saved: list[Tensor],
+    needs: list[bool],
+    order: str,
+) -> Tensors:
+    r"""With :math:`g_k` the gradient in :math:`t_k`: :math:`g_n = g_y` and :math:`g_{k-1} = g_y + J_k^T g_k`."""
+    x, weights, biases = _unpack(tensors)
+    need_x, need_weights, need_biases = needs[0], needs[1 : 1 + len(weights)], needs[1 + len(weights) :]
+    grad_weights, grad_biases = [None] * len(weights), [None] * len(weights)
+    stage = _pool_conv_backward if order == "pool-conv" else _conv_pool_backward
+    g: Tensor | None = gy
+    for k in reversed(range(len(weights))):
+        deeper = need_x or any(need_weights[:k]) or any(need_biases[:k])
+        read, argmax = _kept(x, saved, k, order)
+        g, at_conv = stage(kernels, g, gy, weights[k], argmax, deeper)
+        if need_weights[k]:
+            way_in = WayIn(relu=order == "conv-pool" and k == 0)
+            grad_weights[k] = kernels.conv3x3_weight_grad(read, at_conv, weights[k], way_in)
+        if need_biases[k]:
+            grad_biases[k] = kernels.bias_grad(at_conv, biases[k])
+        if not deeper:
+            break
+    return [select(g, x) if need_x else None, *grad_weights, *grad_biases]
+
+
+def _kept(x: Tensor, saved: list[Tensor], k: int, order: str) -> tuple[Tensor, Tensor]:
+    """What stage k's convolution read, and its pool's argmax. The first convolution of conv-pool read relu(x)."""
+    if order == "pool-conv":
+        return saved[2 * k], saved[2 * k + 1]
+    return (x if k == 0 else saved[2 * k - 1]), saved[2 * k]
+
+
+def _pool_conv_backward(
+    kernels: Backend,
+    g: Tensor,  # (N, C, H, W): gradient in the stage's result
+    gy: Tensor,  # (N, C, H, W): the running gradient
+    w: Tensor,  # (C, C, R, R)
+    argmax: Tensor,  # (N, C, H, W) uint8
+    deeper: bool,
+) -> tuple[Tensor | None, Tensor]:
+    """Gradient in the stage's input, None unless anything ``deeper`` wants it, and in its convolution's result."""
+    if not deeper:
+        return None, g
+    pooled = kernels.conv3x3(g, rotated(w))
+    return kernels.maxpool5_backward(pooled, argmax, add=gy), g
+
+
+def _conv_pool_backward(
+    kernels: Backend,
+    g: Tensor,  # (N, C, H, W): gradient in the stage's result
+    gy: Tensor,  # (N, C, H, W): the running gradient
+    w: Tensor,  # (C, C, R, R)
+    argmax: Tensor,  # (N, C, H, W) uint8
+    deeper: bool,
+) -> tuple[Tensor | None, Tensor]:
+    """As :func:`_pool_conv_backward`."""
+    at_conv = kernels.maxpool5_backward(g, argmax)
+    if not deeper:
+        return None, at_conv
+    return kernels.conv3x3(at_conv, rotated(w), way_out=WayOut(add=(gy,))), at_conv
+
+
+def _fake(tensors: Tensors, order: str) -> tuple[Tensor, list[Tensor]]:
+    x, weights, _ = _unpack(tensors)
+    activation, byte = (lambda: empty_nhwc(x, tuple(x.shape))), (lambda: empty_nhwc(x, tuple(x.shape), torch.uint8))
+    saved: list[Tensor] = []
+    for k in range(len(weights)):
+        saved += [byte()] if order == "conv-pool" and k == 0 else [activation(), byte()]
+    return activation(), saved
+
+
+_CRP = HotPath("crp", "str order", forward=_forward, backward=_backward, fake=_fake, images=lambda tensors: 1)

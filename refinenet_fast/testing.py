@@ -1,0 +1,375 @@
+"""What kernels are held against: float64 truths, tolerances, poisoned outputs, and one check of every backend.
+
+For those who add a kernel, for the tests and for the benchmarks::
+
+    wrong = [row for row in testing.check_backends("cpu") if not row["ok"]]
+
+A result is held against plain PyTorch in float64. So are gradients, with the same decisions (which side of a ReLU,
+which pixel of a pool) imposed on the float64 computation: one flipped tie would otherwise decide the error. The decisions
+themselves have to be right to within the tolerance of a tie.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from refinenet_fast import backends
+from refinenet_fast.backends import Backend, WayIn, WayOut, rotated
+from refinenet_fast.ops._library import NAMESPACE
+
+Plain = Callable[..., Tensor]  # a differentiable composition of PyTorch's own functions, for any dtype
+Tensors = Sequence[Tensor | None]
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+SMALL = 1000  # below so many elements a sum may cancel, and its error is taken relative to the sum of absolute values
+ODD = ((1, 1, 1, 1), (2, 3, 1, 7), (1, 17, 13, 11), (3, 5, 6, 2), (0, 4, 5, 5))
+USUAL = ((1, 64, 32, 32), (2, 16, 31, 47), (1, 256, 16, 16))
+
+
+def relative_l2(got: Tensor, want: Tensor, scale: Tensor | None = None) -> float:
+    """``|got - want| / |scale|`` in float64, with ``scale`` = ``want`` unless given; inf where a NaN is involved.
+
+    Two empty tensors agree: 0.
+
+    Raises:
+        ValueError: The shapes differ.
+    """
+    if got.shape != want.shape:
+        raise ValueError(f"got: expected shape {tuple(want.shape)}, that of want, got {tuple(got.shape)}")
+    difference = torch.linalg.vector_norm(got.double() - want.double()).item()
+    size = torch.linalg.vector_norm((want if scale is None else scale).double()).item()
+    if difference == 0:
+        return 0.0
+    return difference / size if math.isfinite(difference) and 0 < size < math.inf else math.inf
+
+
+def tolerance(dtype: torch.dtype, pytorch_error: float) -> float:
+    """The error that is allowed against float64: twice PyTorch's own, and 16 units of rounding at least."""
+    return max(2 * pytorch_error if math.isfinite(pytorch_error) else 0.0, 16 * torch.finfo(dtype).eps)
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Within the block uninitialised memory holds NaN, or the largest integer: what a kernel leaves out shows."""
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*deterministic.*")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = True
+        try:
+            yield
+        finally:
+            torch.utils.deterministic.fill_uninitialized_memory = fill
+            torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+
+
+def compare(got: Sequence[Tensor], plain: Plain, inputs: Tensors, gy: Tensor | None = None) -> tuple[float, float]:
+    """Error and limit of ``plain(*inputs)``, or with ``gy`` of its gradients in all inputs: of the worst of ``got``.
+
+    The truth is ``plain`` in float64; ``plain`` in the dtype of the inputs says how large PyTorch's own error is.
+    """
+    wide, gy_wide = _each(inputs, Tensor.double), None if gy is None else gy.double()
+    truth, own = _outcomes(plain, wide, gy_wide), _outcomes(plain, inputs, gy)
+    sizes = truth
+    if any(t.numel() < SMALL for t in truth):
+        sizes = _outcomes(plain, _each(wide, Tensor.abs), None if gy_wide is None else gy_wide.abs())
+    pairs = []
+    for value, want, pytorch, size in zip(got, truth, own, sizes, strict=True):
+        scale = size if want.numel() < SMALL else want
+        pairs.append((relative_l2(value, want, scale), tolerance(value.dtype, relative_l2(pytorch, want, scale))))
+    return max(pairs, key=lambda pair: pair[0] / pair[1])
+
+
+def _outcomes(plain: Plain, inputs: Tensors, gy: Tensor | None) -> list[Tensor]:
+    if gy is None:
+        return [plain(*inputs)]
+    leaves = _each(inputs, lambda t: t.detach().requires_grad_())
+    with torch.enable_grad():
+        y = plain(*leaves)
+    return list(torch.autograd.grad(y, [leaf for leaf in leaves if leaf is not None], gy))
+
+
+def _each(tensors: Tensors, change: Callable[[Tensor], Tensor]) -> list[Tensor | None]:
+    return [None if t is None else change(t) for t in tensors]
+
+
+def bilinear_matrix(size_in: int, size_out: int, align_corners: bool) -> Tensor:  # (size_out, size_in) float64
+    """The weights of bilinear resizing along one dimension, from integer quotient and remainder."""
+    matrix = torch.zeros(size_out, size_in, dtype=torch.float64)
+    for i in range(size_out):
+        numerator, denominator = max((2 * i + 1) * size_in - size_out, 0), 2 * size_out
+        if align_corners:
+            numerator, denominator = i * (size_in - 1), max(size_out - 1, 1)
+        near, rest = divmod(numerator, denominator)
+        matrix[i, near] += (denominator - rest) / denominator
+        matrix[i, min(near + 1, size_in - 1)] += rest / denominator
+    return matrix
+
+
+def resize(x: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:
+    """``F.interpolate``; in float64 with exact weights, where PyTorch's are only as exact as its pixel positions."""
+    if x.dtype != torch.float64:
+        return F.interpolate(x, tuple(size), mode="bilinear", align_corners=align_corners)
+    rows, columns = (bilinear_matrix(x.shape[d], size[d - 2], align_corners).to(x.device) for d in (2, 3))
+    return rows @ x @ columns.T
+
+
+def pool_index(argmax: Tensor) -> Tensor:  # (N, C, H, W) uint8 -> (N, C, H, W) int64
+    """The pixels that ``maxpool5``'s argmax bytes choose, as ``F.max_pool2d(..., return_indices=True)`` gives them.
+
+    Raises:
+        ValueError: A byte points outside its window or the image.
+    """
+    height, width = argmax.shape[2:]
+    dx, dy = (argmax & 7).long(), (argmax >> 3).long()
+    rows = torch.arange(height, device=argmax.device)[:, None] + dy - 2
+    columns = torch.arange(width, device=argmax.device) + dx - 2  # chosen by the row pass, in each row
+    outside = (dx > 4) | (dy > 4) | (rows < 0) | (rows >= height) | (columns < 0) | (columns >= width)
+    if outside.any():
+        raise ValueError("argmax: expected bytes that choose one of five rows and columns within the image")
+    return rows * width + columns.gather(2, rows)
+
+
+def pick(x: Tensor, argmax: Tensor) -> Tensor:  # all (N, C, H, W)
+    """A 5x5 max pool of ``x`` with its decisions imposed."""
+    return x.flatten(2).gather(2, pool_index(argmax).flatten(2)).view_as(x)
+
+
+def maxpool(x: Tensor) -> Tensor:
+    """5x5 max pool, stride 1, that keeps the size."""
+    return F.max_pool2d(x, 5, stride=1, padding=2)
+
+
+class Imposed:
+    """ReLU and max pool with the decisions of a forward pass imposed; ``worst`` says how wrong they are."""
+
+    def __init__(self, call: Call, saved: Sequence[Tensor]) -> None:
+        self.masks = iter([call.tensors[0], *saved])  # RCU's second ReLU: by its saved result
+        self.bytes = iter([t for t in saved if t.dtype == torch.uint8])
+        self.worst = 0.0
+
+    def relu(self, t: Tensor) -> Tensor:
+        return self._note(t, torch.relu(t), torch.where(~(next(self.masks) <= 0), t, 0))
+
+    def pool(self, t: Tensor) -> Tensor:
+        return self._note(t, maxpool(t), pick(t, next(self.bytes)))
+
+    def _note(self, t: Tensor, free: Tensor, imposed: Tensor) -> Tensor:
+        if t.numel():
+            scale = free.detach().abs().clamp(min=t.detach().square().mean().sqrt() + torch.finfo(t.dtype).tiny)
+            gap = ((free - imposed).detach().abs() / scale).max().item()
+            self.worst = max(self.worst, gap if math.isfinite(gap) else math.inf)
+        return imposed
+
+
+def conv(x: Tensor, w: Tensor | None, b: Tensor | None = None) -> Tensor:
+    """``F.conv2d`` that keeps the size, in the dtype of ``x``; ``x`` itself without a weight."""
+    if w is None:
+        return x
+    return F.conv2d(x, w.to(x.dtype), None if b is None else b.to(x.dtype), padding=w.shape[2] // 2)
+
+
+def eager(call: Call, *tensors: Tensor | None, steps: Imposed | None = None) -> Tensor:
+    """The hot path of ``call`` in plain PyTorch, on ``tensors`` in place of its own; with decisions from ``steps``."""
+    relu, pool = (steps.relu, steps.pool) if steps else (torch.relu, maxpool)
+    if call.op == "rcu":
+        x, w1, b1, w2, b2 = tensors
+        r = relu(x)
+        return (x if call.options[0] == "raw" else r) + conv(relu(conv(r, w1, b1)), w2, b2)
+    if call.op == "fuse":
+        paths, (size, corners) = len(tensors) // 3, call.options
+        maps = [conv(x, tensors[paths + i], tensors[2 * paths + i]) for i, x in enumerate(tensors[:paths])]
+        return sum(t if list(t.shape[2:]) == list(size) else resize(t, size, corners) for t in maps)
+    stages = len(tensors) // 2
+    total = t = relu(tensors[0])
+    for w, b in zip(tensors[1 : 1 + stages], tensors[1 + stages :], strict=True):
+        t = conv(pool(t), w, b) if call.options[0] == "pool-conv" else pool(conv(t, w, b))
+        total = total + t
+    return total
+
+
+@dataclass(frozen=True)
+class Data:
+    """Random tensors, the same on every device: normal, or integers of -2 ... 2 (many ties, exact sums)."""
+
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    integers: bool = False
+    seed: int = 0
+
+    def __call__(self, *shape: int, salt: int = 0, scale: float = 1.0) -> Tensor:
+        generator = torch.Generator().manual_seed(1000 * self.seed + salt)
+        t = torch.randn(shape, generator=generator, dtype=torch.float64) * scale
+        if self.integers:
+            t = torch.randint(-2, 3, shape, generator=generator)
+        t = t.to(self.device, self.dtype)
+        return t.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else t
+
+    def weight(self, k: int, c: int, r: int, salt: int) -> Tensor:  # (k, c, r, r)
+        return self(k, c, r, r, salt=salt, scale=1 / math.sqrt(c * r * r))
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a hot path, below autograd: tensors and options as ``torch.ops.refinenet_fast.<op>`` takes them."""
+
+    op: str
+    tensors: list[Tensor | None]
+    options: tuple[Any, ...]
+
+    def _op(self, suffix: str = "") -> Any:
+        return getattr(getattr(torch.ops, NAMESPACE), self.op + suffix)
+
+    def infer(self, backend: str) -> Tensor:
+        return self._op()(self.tensors, *self.options, backend)
+
+    def train(self, backend: str) -> tuple[Tensor, list[Tensor]]:
+        """The result and what is kept for backward."""
+        return self._op("_train")(self.tensors, *self.options, backend)
+
+    def gradients(self, gy: Tensor, saved: list[Tensor], backend: str) -> list[Tensor]:
+        """Those in all tensors that are not None."""
+        needs = [t is not None for t in self.tensors]
+        return self._op("_backward")(gy, self.tensors, saved, needs, *self.options, backend)
+
+
+def rcu_call(
+    shape: Sequence[int], data: Data, middle: int | None = None, kernel: int = 3, biases: str = "1", skip: str = "raw"
+) -> Call:
+    """``biases`` names the convolutions that have one: "", "1", "2" or "12"."""
+    c, m = shape[1], middle or shape[1]
+    w1, w2 = data.weight(m, c, kernel, salt=1), data.weight(c, m, kernel, salt=2)
+    b1, b2 = data(m, salt=3) if "1" in biases else None, data(c, salt=4) if "2" in biases else None
+    return Call("rcu", [data(*shape), w1, b1, w2, b2], (skip,))
+
+
+def crp_call(
+    shape: Sequence[int], data: Data, stages: int = 2, kernel: int = 3, biases: bool = False, order: str = "pool-conv"
+) -> Call:
+    """The same number of channels throughout."""
+    ws = [data.weight(shape[1], shape[1], kernel, salt=10 + k) for k in range(stages)]
+    bs = [data(shape[1], salt=20 + k) if biases else None for k in range(stages)]
+    return Call("crp", [data(*shape), *ws, *bs], (order,))
+
+
+def fuse_call(
+    shapes: Sequence[Sequence[int]],
+    data: Data,
+    kernels: Sequence[int | None],  # size of each path's convolution; None: it has none
+    channels: int,
+    biases: bool = False,
+    size: Sequence[int] | None = None,
+    align_corners: bool = True,
+) -> Call:
+    """``size``: the largest height and width where None."""
+    xs = [data(*shape, salt=30 + i) for i, shape in enumerate(shapes)]
+    ws = [r and data.weight(channels, x.shape[1], r, salt=40 + i) for i, (x, r) in enumerate(zip(xs, kernels))]
+    bs = [data(channels, salt=50 + i) if biases and w is not None else None for i, w in enumerate(ws)]
+    full = list(size or (max(x.shape[d] for x in xs) for d in (2, 3)))
+    return Call("fuse", [*xs, *ws, *bs], (full, align_corners))
+
+
+def some_calls(shape: Sequence[int], data: Data) -> list[Call]:
+    """The three hot paths with their options mixed, on maps of that shape."""
+    n, c, h, w = shape
+    smaller, larger = (n, c + 1, (h + 1) // 2, (w + 2) // 3), (n, c, h + 2, w)
+    return [
+        rcu_call(shape, data),
+        rcu_call(shape, data, middle=c + 2, kernel=1, biases="2", skip="relu"),
+        fuse_call([shape, smaller], data, [3, 3], c),
+        fuse_call([shape, smaller, shape, larger], data, [None, 1, 3, None], c, True, shape[2:], align_corners=False),
+        crp_call(shape, data, stages=2),
+        crp_call(shape, data, stages=3, kernel=1, biases=True, order="conv-pool"),
+    ]
+
+
+def check_call(call: Call, backend: str) -> Iterator[tuple[str, str, float, float]]:
+    """(op, direction, error, limit) of the result, of the worst gradient and of the worst saved decision."""
+    with poisoned():
+        y = call.infer(backend)
+        y_train, saved = call.train(backend)
+        gy = torch.randn(y.shape, generator=torch.Generator().manual_seed(7)).to(y)
+        grads = call.gradients(gy, saved, backend)
+
+    def same_decisions(*tensors: Tensor | None) -> Tensor:
+        return eager(call, *tensors, steps=Imposed(call, saved))
+
+    forward = [compare([result], lambda *tensors: eager(call, *tensors), call.tensors) for result in (y, y_train)]
+    yield call.op, "forward", *max(forward)
+    yield call.op, "backward", *compare(grads, same_decisions, call.tensors, gy)
+    steps = Imposed(call, saved)
+    eager(call, *_each(call.tensors, Tensor.double), steps=steps)
+    yield call.op, "decisions", steps.worst, 2 * max(forward)[1]  # both sides of a tie may be off
+
+
+def _added(change: Plain, y: Tensor, x: Tensor) -> Tensor:
+    return y + change(x)
+
+
+def check_kernels(kernels: Backend, shape: Sequence[int], data: Data) -> Iterator[tuple[str, str, float, float]]:
+    """(kernel, direction, error, limit) of the four kernels alone."""
+    x, gy, (n, c, h, w) = data(*shape), data(*shape, salt=1), shape
+    with poisoned():
+        value, argmax = kernels.maxpool5(x, relu=True, argmax=True)
+        gx = kernels.maxpool5_backward(gy, argmax, add=gy)
+    yield "maxpool5", "forward", relative_l2(value, maxpool(x.relu())), 0.0
+    yield "maxpool5", "decisions", relative_l2(pick(x.relu(), argmax), value), 0.0
+    yield "maxpool5", "backward", *compare([gx], lambda t: pick(t, argmax) + t, [x], gy)
+
+    high = data(n, c, 2 * h - 1, w + 3, salt=2)
+    for corners in (True, False):
+        resized = partial(resize, size=high.shape[2:], align_corners=corners)
+        with poisoned():
+            y = kernels.bilinear(x, (2 * h - 1, w + 3), corners, add=high)
+            gx = kernels.bilinear_backward(high, (h, w), corners)
+        yield "bilinear", "forward", *compare([y], partial(_added, resized), [high, x])
+        yield "bilinear", "backward", *compare([gx], resized, [x], high)
+
+    weight, bias = data.weight(c + 1, c, 3, salt=3), data(c + 1, salt=4)
+    gy, low = data(n, c + 1, h, w, salt=5), data(n, c + 1, (h + 1) // 2, (w + 1) // 2, salt=6)
+    with poisoned():
+        y = kernels.conv3x3(x, weight, WayIn(relu=True, pool=True), WayOut(bias, True, gy, (gy,), (gy,), low))
+        gw = kernels.conv3x3_weight_grad(x, gy, weight, WayIn(relu=True))
+        gx = kernels.conv3x3(gy, rotated(weight))
+
+    def all_steps(x: Tensor, weight: Tensor, bias: Tensor, gy: Tensor, low: Tensor) -> Tensor:
+        y = torch.where(gy > 0, conv(maxpool(x.relu()), weight, bias).relu(), 0)
+        return y + gy + gy.relu() + resize(low, (h, w), True)
+
+    yield "conv3x3", "forward", *compare([y], all_steps, [x, weight, bias, gy, low])
+    yield "conv3x3", "backward", *compare([gx], lambda x: conv(x, weight), [x], gy)
+    yield "conv3x3_weight_grad", "backward", *compare([gw], lambda w: conv(x.to(w.dtype).relu(), w), [weight], gy)
+
+
+def check_backends(device: str) -> list[dict[str, Any]]:
+    """All kernels and hot paths of every backend that can run on ``device``, unproven ones too, against float64.
+
+    Returns:
+        A row for each: ``op``, ``backend``, ``dtype``, ``shape``, ``direction`` (forward, backward or decisions),
+        ``error``, ``limit`` and ``ok``.
+    """
+    place = torch.empty(0, device=device).device  # with its index
+    names = [info.name for info in backends.list_backends() if info.available]
+    rows = []
+    for shape, dtype, name in itertools.product((*ODD, *USUAL), DTYPES, names):
+        kernels, data = backends.get(name), Data(dtype, str(place))
+        if kernels.can_run(place, dtype) is not None or (dtype not in DTYPES[:2] and shape in USUAL[1:]):
+            continue
+        found = [check_kernels(kernels, shape, data), *(check_call(call, name) for call in some_calls(shape, data))]
+        for op, direction, error, limit in itertools.chain(*found):
+            row = {"op": op, "backend": name, "dtype": str(dtype).removeprefix("torch."), "shape": shape}
+            rows.append({**row, "direction": direction, "error": error, "limit": limit, "ok": error <= limit})
+    return rows

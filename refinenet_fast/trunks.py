@@ -1,0 +1,74 @@
+"""Trunks: the ImageNet networks whose four stages RefineNet refines, from timm."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from torch import nn
+
+REDUCTIONS = [4, 8, 16, 32]  # of the four maps, in pixels of the image per pixel of the map
+
+
+def create_trunk(name: str, pretrained: bool = False) -> tuple[nn.Module, list[int]]:
+    """A trunk and the channels of its maps.
+
+    The paper's are ``"resnet50"``, ``"resnet101"`` and ``"resnet152"`` (section 3.1), with 256, 512, 1024 and 2048
+    channels; as timm builds them, a stage's stride is in the 3x3 convolution, as in torchvision's. State dict keys are
+    torchvision's too.
+
+    Args:
+        name: A model of timm's, with a tag for particular weights if wanted (``"resnet50.a1_in1k"``), that has maps at
+            1/4, 1/8, 1/16 and 1/32 of the image: ResNets, MobileNets, ConvNeXts and most other convolutional ones.
+        pretrained: Load the weights, from the Hugging Face Hub or its cache on this machine.
+
+    Returns:
+        The module, (N, 3, H, W) -> four maps (N, C_i, ceil(H / r_i), ceil(W / r_i)), r = 4, 8, 16, 32 (some trunks
+        round down); and [C_1, ..., C_4].
+
+    Raises:
+        ImportError: timm is not installed.
+        TypeError: ``name`` is not a string.
+        ValueError: timm has no such model (names similar ones), or it has no four such maps.
+        RuntimeError: The pretrained weights cannot be had; says what to do.
+    """
+    timm = _import_timm()
+    if not isinstance(name, str):
+        raise TypeError(f"trunk: expected the name of a timm model, got {name!r}")
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models(), n=4)
+        hint = f"; similar names: {', '.join(close)}" if close else "; timm.list_models() has them all"
+        raise ValueError(f"trunk: expected the name of a timm model, got {name!r}{hint}")
+    try:
+        # Counted from the end, since some networks have a map at 1/2 before these and others do not.
+        net = timm.create_model(name, pretrained=pretrained, features_only=True, out_indices=(-4, -3, -2, -1))
+    except Exception as error:  # whatever timm, the Hub's client and the network raise
+        if not pretrained:
+            raise ValueError(f"trunk: expected one with maps at {_scales(REDUCTIONS)}, got {name!r} ({error})") from error
+        create_trunk(name)  # raises if the trunk itself is at fault
+        raise RuntimeError(_no_weights(name, error)) from error
+    reductions, order = net.feature_info.reduction(), getattr(net, "output_fmt", "NCHW")
+    if reductions != REDUCTIONS or order != "NCHW":
+        found = f"{_scales(reductions)}, {getattr(order, 'value', order)}"
+        raise ValueError(f"trunk: expected one with maps at {_scales(REDUCTIONS)}, NCHW, got {name!r} ({found})")
+    return net, net.feature_info.channels()
+
+
+def _import_timm() -> Any:
+    try:
+        import timm
+    except ImportError as error:
+        raise ImportError("RefineNet's trunks come from timm: run `pip install timm`.") from error
+    return timm
+
+
+def _scales(reductions: list[int]) -> str:
+    return ", ".join(f"1/{r}" for r in reductions)
+
+
+def _no_weights(name: str, error: Exception) -> str:
+    return (
+        f"pretrained: expected to download the weights of trunk {name!r} or find them in the Hugging Face cache, got "
+        f"{type(error).__name__}: {error}. Without a network, either fill the cache on a machine that has one and copy "
+        "it (its folder is named by HF_HOME), or pass pretrained=False and load a state dict into `model.trunk`."
+    )
