@@ -8,7 +8,6 @@ Needs torch only. The JSON file is rewritten after each section, so a run that i
 what it measured; a measurement that fails is recorded with its reason and the rest goes on.
 """
 
-import argparse
 import itertools
 import sys
 import time
@@ -246,7 +245,7 @@ SECTIONS = {f.__name__: f for f in (matmul, copy, conv, fused_conv, pool, biline
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = options.Parser(description=__doc__.splitlines()[0])
     options.add_machine_options(parser)
     sections = options.names_from(SECTIONS)
     parser.add_argument("--sections", type=sections, default=list(SECTIONS), help="a,b,c")

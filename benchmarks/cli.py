@@ -49,7 +49,7 @@ class Spec:
 
 
 def make_parser(spec):
-    parser = argparse.ArgumentParser(description=spec.title)
+    parser = options.Parser(description=spec.title)
     spec.add_options(parser)
     options.add_machine_options(parser)
     seconds = options.positive(float)
@@ -59,7 +59,7 @@ def make_parser(spec):
     parser.add_argument("--contenders", type=names, help="a,b,c; default: all that can run")
     parser.add_argument("--shapes", type=shape_list, help="256x128,512x30x40: channels x size")
     parser.add_argument("--batch", type=batch_list, help="1,8; default: 1, on a GPU 1,8")
-    parser.add_argument("--quick", action="store_true", help="tiny shapes, to see that all runs")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes, no compile: a smoke test")
     parser.add_argument("--plot", metavar="FILE.png", type=options.output_file, help="a bar chart")
     return parser
 
@@ -74,18 +74,25 @@ def fill_in(args, spec):
     return args
 
 
-def choose(parser, args, device):
-    """The contenders asked for, or all that can run; says why the others cannot."""
-    dtype, able = options.DTYPES[args.dtype], []
-    for name in args.contenders or contenders.known():
-        reason = contenders.cannot_run(name, device, dtype)
-        if reason and args.contenders:
-            parser.error(f"contender {name} cannot run here: {reason}")
+def choose(args, warn=lambda text: None):
+    """The contenders asked for, or all that can run, with the reason for each that cannot.
+
+    Raises:
+        ValueError: One that was asked for cannot run; says why.
+    """
+    device, dtype = torch.device(args.device), options.DTYPES[args.dtype]
+    reasons = {n: contenders.cannot_run(n, device, dtype) for n in contenders.known()}
+    if args.contenders:
+        for name in args.contenders:
+            if reasons[name]:
+                raise ValueError(f"contender {name} cannot run here: {reasons[name]}")
+        return list(map(contenders.contender, args.contenders))
+    if args.quick:
+        reasons["compile"] = "takes too long for --quick"
+    for name, reason in reasons.items():
         if reason:
-            print(f"without {name}: {reason}", file=sys.stderr)
-        else:
-            able.append(contenders.contender(name))
-    return able
+            warn(f"without {name}: {reason}")
+    return [contenders.contender(name) for name, reason in reasons.items() if not reason]
 
 
 def main(spec):
@@ -95,7 +102,10 @@ def main(spec):
     if args.plot and not report.can_plot():
         parser.error("--plot needs matplotlib: python -m pip install 'refinenet_fast[bench]'")
     device, meta = options.set_up_machine(parser, args)
-    rivals = choose(parser, args, device)
+    try:
+        rivals = choose(args, warn=lambda text: print(text, file=sys.stderr))
+    except ValueError as error:
+        parser.error(str(error))
     cases = spec.cases(args)
     rows = []
     benchmark = {"benchmark": Path(sys.argv[0]).stem, **meta}
@@ -123,9 +133,9 @@ def run(cases, dtype, device, rivals, seconds):
             progress.update(task, description=what)
 
         for k, (case, direction) in enumerate(steps):
-            now = time.monotonic()
-            deadline = now + max(end - now, 0) / (len(steps) - k)
-            yield harness.measure(case, dtype, device, direction, rivals, deadline, say)
+            share = (end - time.monotonic()) / (len(steps) - k)
+            times = (share, seconds / 60)
+            yield harness.measure(case, dtype, device, direction, rivals, times, say)
             progress.advance(task)
 
 
@@ -165,10 +175,9 @@ def measurements(spec, quick):
     """What conftest.py parametrises a test_* function with: the defaults of the command line."""
     args = fill_in(make_parser(spec).parse_args(["--quick"] if quick else []), spec)
     device, dtype = torch.device(args.device), options.DTYPES[args.dtype]
-    able = [n for n in contenders.known() if contenders.cannot_run(n, device, dtype) is None]
     return [
-        Measurement(case, direction, contenders.contender(name), dtype, device)
+        Measurement(case, direction, rival, dtype, device)
         for case in spec.cases(args)
         for direction in harness.DIRECTIONS
-        for name in able
+        for rival in choose(args)
     ]

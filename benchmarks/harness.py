@@ -140,11 +140,13 @@ def _gate(case, inputs, contender, results):
     return max(errors), problem
 
 
-def measure(case, dtype, device, direction, contenders, deadline, say):
-    """One row for each contender, all timed in turn; ends soon after `deadline` (monotonic).
+def measure(case, dtype, device, direction, contenders, seconds, say):
+    """One row for each contender, all timed in turn.
 
-    say: called with what is being done, for the progress bar.
+    seconds: (for everything, for timing at least). say: called with what is being done, for the
+    progress bar.
     """
+    start = time.monotonic()
     say(f"{case.name}: inputs and float64 truth")
     inputs = inputs_of(case, dtype, device)
     entries = []
@@ -152,11 +154,9 @@ def measure(case, dtype, device, direction, contenders, deadline, say):
         say(f"{case.name} {direction}: {contender.name}, compiling and checking")
         entries.append(prepare(case, inputs, direction, contender))
     ready = [entry for entry in entries if entry.problem is None]
-    cuda = device.type == "cuda"
-    seconds = max(deadline - time.monotonic(), 0.5 if cuda else 1.5)
-    say(f"{case.name} {direction}: timing all in turn, about {seconds:.0f} s")
-    at_least = 20 if cuda else 3
-    times = interleave([entry.run for entry in ready], device, seconds, at_least) if ready else []
+    left = max(seconds[0] - (time.monotonic() - start), seconds[1])
+    say(f"{case.name} {direction}: timing all in turn, about {left:.0f} s")
+    times = interleave([entry.run for entry in ready], device, left, at_least=3) if ready else []
     timed = {entry.contender.name: summary for entry, summary in zip(ready, times)}
     rows = []
     for entry in entries:

@@ -1,7 +1,9 @@
 """The table on the screen, the JSON file and the picture."""
 
 import importlib.util
+from itertools import groupby, zip_longest
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -9,22 +11,21 @@ from harness import DIRECTIONS
 
 
 def show(title, rows, unit):
-    """Prints the table. rows: as the JSON file has them."""
-    first = rows[0]
+    """Prints the table, 80 columns wide. rows: as the JSON file has them."""
     console = Console()
-    table = Table(title=title, caption=_caption(first), title_justify="left")
-    table.add_column("shape")
-    table.add_column("direction")
-    table.add_column("contender")
-    for heading in ("ms", "20–80 %", "× eager", unit, "peak MB", "error"):
+    table = Table(title=f"{title}\n", title_justify="left", box=None, padding=(0, 1, 0, 0))
+    for heading in ("", "contender"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("ms (20–80 %)", "×\neager", unit, "peak\nMB", "error"):
         table.add_column(heading, justify="right", no_wrap=True)
-    group = None
-    for row in rows:
-        new, group = group != (row["shape"], row["direction"]), (row["shape"], row["direction"])
-        if new and table.rows:
-            table.add_section()
-        table.add_row(*(group if new else ("", "")), row["contender"], *_cells(row))
+    for (shape, direction), group in groupby(rows, lambda r: (r["shape"], r["direction"])):
+        lines = [(row["contender"], *_cells(row)) for row in group]
+        lines += [()] * (2 - len(lines))  # the label takes two
+        for label, line in zip_longest((shape, direction), lines, fillvalue=""):
+            table.add_row(label, *line)
+        table.add_row()
     console.print(table)
+    console.print(_caption(rows[0]), highlight=False)
     for row in rows:
         if row["problem"]:
             where = f"{row['shape']} {row['direction']} {row['contender']}"
@@ -32,18 +33,23 @@ def show(title, rows, unit):
 
 
 def _cells(row):
+    time_ms, memory = "not timed", row["peak_memory_bytes"]
     rate = row["gflops"] or row["gbytes_per_s"]
-    spread = f"{row['p20_ms']:.4g}–{row['p80_ms']:.4g}" if row["median_ms"] else "not timed"
-    memory = row["peak_memory_bytes"]
+    if row["median_ms"]:
+        median, p20, p80 = (_three_digits(row[k]) for k in ("median_ms", "p20_ms", "p80_ms"))
+        time_ms = f"{median} ({p20}–{p80})"
     cells = (
-        ("{:.4g}", row["median_ms"]),
-        ("{}", spread),
+        ("{}", time_ms),
         ("{:.2f}", row["speedup_vs_eager"]),
-        ("{:.4g}", rate),
+        ("{}", rate and _three_digits(rate)),
         ("{:.1f}", None if memory is None else memory / 1e6),
         ("{:.1e}", row["error"]),
     )
     return ["–" if value is None else form.format(value) for form, value in cells]
+
+
+def _three_digits(value):
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _caption(row):
@@ -107,7 +113,7 @@ def _panel(axis, direction, shapes, rows):
         at = [k + (i - (len(contenders) - 1) / 2) * bar for k in range(len(shapes))]
         heights = [speed.get((shape, name), 0) for shape in shapes]
         bars = axis.bar(at, heights, bar * 0.92, color=COLOURS.get(name, "#cc79a7"), label=name)
-        axis.bar_label(bars, [f"{h:.2g}" if h else "" for h in heights], fontsize=7, padding=1)
+        axis.bar_label(bars, [f"{h:.2f}" if h else "" for h in heights], fontsize=7, padding=1)
     axis.axhline(1, color="#202124", linewidth=0.8, zorder=0)
     axis.set_title(direction, fontsize=10)
     axis.set_xticks(range(len(shapes)), [_shape_label(shape) for shape in shapes], fontsize=8)

@@ -42,17 +42,11 @@ class Summary:
 def interleave(runs, device, seconds, at_least=5, at_most=200):
     """Times `runs` round-robin for about `seconds`, at least `at_least` rounds; a Summary each.
 
-    Every run has the same number of rounds. The caller has already run each of them once, so
-    compilation and algorithm selection are over; one untimed round here sets the round count.
+    Every run has the same number of rounds. The caller has already run each of them, so
+    compilation and the choice of algorithms are over.
     """
-    start = time.perf_counter()
-    for run in runs:
-        run()
-    synchronize(device)
-    round_seconds = max(time.perf_counter() - start, 1e-6)
-    rounds = min(max(int(seconds / round_seconds), at_least), at_most)
-    clock = _cuda_rounds if device.type == "cuda" else _host_rounds
-    return [Summary.of(samples) for samples in clock(runs, device, rounds)]
+    rounds = _cuda_rounds if device.type == "cuda" else _host_rounds
+    return [Summary.of(times) for times in rounds(runs, device, seconds, at_least, at_most)]
 
 
 def synchronize(device):
@@ -60,29 +54,37 @@ def synchronize(device):
         torch.cuda.synchronize(device)
 
 
-def _host_rounds(runs, device, rounds):
+def _host_rounds(runs, device, seconds, at_least, at_most):
     """Wall-clock milliseconds, [run][round]."""
-    samples = [[] for _ in runs]
-    for _ in range(rounds):
-        for run, mine in zip(runs, samples, strict=True):
+    times = [[] for _ in runs]
+    end = time.perf_counter() + seconds
+    for k in range(at_most):
+        if k >= at_least and time.perf_counter() > end:
+            break
+        for run, mine in zip(runs, times):
             with run.context():
                 start = time.perf_counter()
                 result = run.call()
                 mine.append((time.perf_counter() - start) * 1e3)
             del result  # freed outside the timed region, before the next run allocates
-    return samples
+    return times
 
 
-def _cuda_rounds(runs, device, rounds):
+def _cuda_rounds(runs, device, seconds, at_least, at_most):
     """Device milliseconds between two events, with a cold L2, [run][round].
 
     The flush before each run also keeps the GPU busy while the CPU enqueues the run, so short
     runs are not timed by the speed of Python. Nothing waits for the GPU until the last round.
     """
+    start = time.perf_counter()
+    for run in runs:
+        run()
+    torch.cuda.synchronize(device)
+    rounds = int(seconds / (time.perf_counter() - start))
     flush = torch.empty(2 * l2_bytes(device), dtype=torch.uint8, device=device)
     events = [[] for _ in runs]
-    for _ in range(rounds):
-        for run, mine in zip(runs, events, strict=True):
+    for _ in range(min(max(rounds, at_least), at_most)):
+        for run, mine in zip(runs, events):
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             with run.context():
                 flush.zero_()

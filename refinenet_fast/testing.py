@@ -1,11 +1,9 @@
 """What kernels are held against: float64 truths, tolerances, poisoned outputs, and one check of every backend.
 
-For those who add a kernel, for the tests and for the benchmarks::
-
-    wrong = [row for row in testing.check_backends("cpu") if not row["ok"]]
+For those who add a kernel, for the tests and for the benchmarks; :func:`check_backends` runs everything.
 
 A result is held against plain PyTorch in float64. So are gradients, with the same decisions (which side of a ReLU,
-which pixel of a pool) imposed on the float64 computation: one flipped tie would otherwise decide the error. The decisions
+which pixel of a pool) imposed on the truth, since one flipped tie would otherwise decide the error. The decisions
 themselves have to be right to within the tolerance of a tie.
 """
 
@@ -17,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -30,21 +28,14 @@ from refinenet_fast.ops._library import NAMESPACE
 
 Plain = Callable[..., Tensor]  # a differentiable composition of PyTorch's own functions, for any dtype
 Tensors = Sequence[Tensor | None]
-
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SMALL = 1000  # below so many elements a sum may cancel, and its error is taken relative to the sum of absolute values
 ODD = ((1, 1, 1, 1), (2, 3, 1, 7), (1, 17, 13, 11), (3, 5, 6, 2), (0, 4, 5, 5))
-USUAL = ((1, 64, 32, 32), (2, 16, 31, 47), (1, 256, 16, 16))
+USUAL = ((1, 64, 32, 32), (2, 16, 31, 47), (1, 128, 16, 16))
 
 
 def relative_l2(got: Tensor, want: Tensor, scale: Tensor | None = None) -> float:
-    """``|got - want| / |scale|`` in float64, with ``scale`` = ``want`` unless given; inf where a NaN is involved.
-
-    Two empty tensors agree: 0.
-
-    Raises:
-        ValueError: The shapes differ.
-    """
+    """``|got - want| / |scale|`` in float64, ``scale`` being ``want`` unless given; NaN gives inf, empty ones 0."""
     if got.shape != want.shape:
         raise ValueError(f"got: expected shape {tuple(want.shape)}, that of want, got {tuple(got.shape)}")
     difference = torch.linalg.vector_norm(got.double() - want.double()).item()
@@ -62,44 +53,45 @@ def tolerance(dtype: torch.dtype, pytorch_error: float) -> float:
 @contextmanager
 def poisoned() -> Iterator[None]:
     """Within the block uninitialised memory holds NaN, or the largest integer: what a kernel leaves out shows."""
-    enabled = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    memory: Any = torch.utils.deterministic
+    fill = memory.fill_uninitialized_memory
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*deterministic.*")
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = True
+        memory.fill_uninitialized_memory = True
         try:
             yield
         finally:
-            torch.utils.deterministic.fill_uninitialized_memory = fill
-            torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+            memory.fill_uninitialized_memory = fill
+            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 def compare(got: Sequence[Tensor], plain: Plain, inputs: Tensors, gy: Tensor | None = None) -> tuple[float, float]:
     """Error and limit of ``plain(*inputs)``, or with ``gy`` of its gradients in all inputs: of the worst of ``got``.
 
-    The truth is ``plain`` in float64; ``plain`` in the dtype of the inputs says how large PyTorch's own error is.
+    The truth is ``plain`` in float64; ``plain`` in the inputs' own dtype says how large PyTorch's error is.
     """
-    wide, gy_wide = _each(inputs, Tensor.double), None if gy is None else gy.double()
-    truth, own = _outcomes(plain, wide, gy_wide), _outcomes(plain, inputs, gy)
-    sizes = truth
+    given: list[Tensor | None] = [*inputs, gy]
+    dtype = next(t.dtype for t in given if t is not None)  # the activations': parameters may be float32 beside them
+    wide = _each(given, Tensor.double)
+    truth = sizes = _outcomes(plain, wide)
     if any(t.numel() < SMALL for t in truth):
-        sizes = _outcomes(plain, _each(wide, Tensor.abs), None if gy_wide is None else gy_wide.abs())
-    pairs = []
-    for value, want, pytorch, size in zip(got, truth, own, sizes, strict=True):
+        sizes = _outcomes(plain, _each(wide, Tensor.abs))
+    pairs: list[tuple[float, float]] = []
+    for value, want, pytorch, size in zip(got, truth, _outcomes(plain, given), sizes, strict=True):
         scale = size if want.numel() < SMALL else want
-        pairs.append((relative_l2(value, want, scale), tolerance(value.dtype, relative_l2(pytorch, want, scale))))
+        pairs.append((relative_l2(value, want, scale), tolerance(dtype, relative_l2(pytorch, want, scale))))
     return max(pairs, key=lambda pair: pair[0] / pair[1])
 
 
-def _outcomes(plain: Plain, inputs: Tensors, gy: Tensor | None) -> list[Tensor]:
+def _outcomes(plain: Plain, given: Tensors) -> list[Tensor]:
+    *inputs, gy = given
     if gy is None:
         return [plain(*inputs)]
     leaves = _each(inputs, lambda t: t.detach().requires_grad_())
     with torch.enable_grad():
-        y = plain(*leaves)
-    return list(torch.autograd.grad(y, [leaf for leaf in leaves if leaf is not None], gy))
+        return list(torch.autograd.grad(plain(*leaves), [leaf for leaf in leaves if leaf is not None], gy))
 
 
 def _each(tensors: Tensors, change: Callable[[Tensor], Tensor]) -> list[Tensor | None]:
@@ -128,17 +120,12 @@ def resize(x: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:
 
 
 def pool_index(argmax: Tensor) -> Tensor:  # (N, C, H, W) uint8 -> (N, C, H, W) int64
-    """The pixels that ``maxpool5``'s argmax bytes choose, as ``F.max_pool2d(..., return_indices=True)`` gives them.
-
-    Raises:
-        ValueError: A byte points outside its window or the image.
-    """
+    """The pixels that argmax bytes choose, as ``F.max_pool2d(..., return_indices=True)`` gives them."""
     height, width = argmax.shape[2:]
     dx, dy = (argmax & 7).long(), (argmax >> 3).long()
     rows = torch.arange(height, device=argmax.device)[:, None] + dy - 2
     columns = torch.arange(width, device=argmax.device) + dx - 2  # chosen by the row pass, in each row
-    outside = (dx > 4) | (dy > 4) | (rows < 0) | (rows >= height) | (columns < 0) | (columns >= width)
-    if outside.any():
+    if ((dx > 4) | (dy > 4) | (rows < 0) | (rows >= height) | (columns < 0) | (columns >= width)).any():
         raise ValueError("argmax: expected bytes that choose one of five rows and columns within the image")
     return rows * width + columns.gather(2, rows)
 
@@ -192,7 +179,7 @@ def eager(call: Call, *tensors: Tensor | None, steps: Imposed | None = None) -> 
     if call.op == "fuse":
         paths, (size, corners) = len(tensors) // 3, call.options
         maps = [conv(x, tensors[paths + i], tensors[2 * paths + i]) for i, x in enumerate(tensors[:paths])]
-        return sum(t if list(t.shape[2:]) == list(size) else resize(t, size, corners) for t in maps)
+        return reduce(torch.add, (t if list(t.shape[2:]) == list(size) else resize(t, size, corners) for t in maps))
     stages = len(tensors) // 2
     total = t = relu(tensors[0])
     for w, b in zip(tensors[1 : 1 + stages], tensors[1 + stages :], strict=True):
@@ -237,11 +224,9 @@ class Call:
         return self._op()(self.tensors, *self.options, backend)
 
     def train(self, backend: str) -> tuple[Tensor, list[Tensor]]:
-        """The result and what is kept for backward."""
         return self._op("_train")(self.tensors, *self.options, backend)
 
     def gradients(self, gy: Tensor, saved: list[Tensor], backend: str) -> list[Tensor]:
-        """Those in all tensors that are not None."""
         needs = [t is not None for t in self.tensors]
         return self._op("_backward")(gy, self.tensors, saved, needs, *self.options, backend)
 
@@ -259,7 +244,6 @@ def rcu_call(
 def crp_call(
     shape: Sequence[int], data: Data, stages: int = 2, kernel: int = 3, biases: bool = False, order: str = "pool-conv"
 ) -> Call:
-    """The same number of channels throughout."""
     ws = [data.weight(shape[1], shape[1], kernel, salt=10 + k) for k in range(stages)]
     bs = [data(shape[1], salt=20 + k) if biases else None for k in range(stages)]
     return Call("crp", [data(*shape), *ws, *bs], (order,))
@@ -268,29 +252,29 @@ def crp_call(
 def fuse_call(
     shapes: Sequence[Sequence[int]],
     data: Data,
-    kernels: Sequence[int | None],  # size of each path's convolution; None: it has none
+    kernels: Sequence[int | None],
     channels: int,
     biases: bool = False,
     size: Sequence[int] | None = None,
     align_corners: bool = True,
 ) -> Call:
-    """``size``: the largest height and width where None."""
+    """``kernels``: the size of each path's convolution, None where it has none."""
     xs = [data(*shape, salt=30 + i) for i, shape in enumerate(shapes)]
-    ws = [r and data.weight(channels, x.shape[1], r, salt=40 + i) for i, (x, r) in enumerate(zip(xs, kernels))]
+    ws = [data.weight(channels, x.shape[1], r, salt=40 + i) if r else None for i, (x, r) in enumerate(zip(xs, kernels))]
     bs = [data(channels, salt=50 + i) if biases and w is not None else None for i, w in enumerate(ws)]
-    full = list(size or (max(x.shape[d] for x in xs) for d in (2, 3)))
-    return Call("fuse", [*xs, *ws, *bs], (full, align_corners))
+    size = size or [max(x.shape[d] for x in xs) for d in (2, 3)]
+    return Call("fuse", [*xs, *ws, *bs], (list(size), align_corners))
 
 
 def some_calls(shape: Sequence[int], data: Data) -> list[Call]:
     """The three hot paths with their options mixed, on maps of that shape."""
     n, c, h, w = shape
-    smaller, larger = (n, c + 1, (h + 1) // 2, (w + 2) // 3), (n, c, h + 2, w)
+    small, large = (n, c + 1, (h + 1) // 2, (w + 2) // 3), (n, c, h + 2, w)
     return [
         rcu_call(shape, data),
         rcu_call(shape, data, middle=c + 2, kernel=1, biases="2", skip="relu"),
-        fuse_call([shape, smaller], data, [3, 3], c),
-        fuse_call([shape, smaller, shape, larger], data, [None, 1, 3, None], c, True, shape[2:], align_corners=False),
+        fuse_call([shape, small], data, [3, 3], c),
+        fuse_call([shape, small, shape, large], data, [None, 1, 3, None], c, True, shape[2:], align_corners=False),
         crp_call(shape, data, stages=2),
         crp_call(shape, data, stages=3, kernel=1, biases=True, order="conv-pool"),
     ]
@@ -307,16 +291,12 @@ def check_call(call: Call, backend: str) -> Iterator[tuple[str, str, float, floa
     def same_decisions(*tensors: Tensor | None) -> Tensor:
         return eager(call, *tensors, steps=Imposed(call, saved))
 
-    forward = [compare([result], lambda *tensors: eager(call, *tensors), call.tensors) for result in (y, y_train)]
+    forward = [compare([result], partial(eager, call), call.tensors) for result in (y, y_train)]
     yield call.op, "forward", *max(forward)
     yield call.op, "backward", *compare(grads, same_decisions, call.tensors, gy)
     steps = Imposed(call, saved)
     eager(call, *_each(call.tensors, Tensor.double), steps=steps)
     yield call.op, "decisions", steps.worst, 2 * max(forward)[1]  # both sides of a tie may be off
-
-
-def _added(change: Plain, y: Tensor, x: Tensor) -> Tensor:
-    return y + change(x)
 
 
 def check_kernels(kernels: Backend, shape: Sequence[int], data: Data) -> Iterator[tuple[str, str, float, float]]:
@@ -328,16 +308,14 @@ def check_kernels(kernels: Backend, shape: Sequence[int], data: Data) -> Iterato
     yield "maxpool5", "forward", relative_l2(value, maxpool(x.relu())), 0.0
     yield "maxpool5", "decisions", relative_l2(pick(x.relu(), argmax), value), 0.0
     yield "maxpool5", "backward", *compare([gx], lambda t: pick(t, argmax) + t, [x], gy)
-
     high = data(n, c, 2 * h - 1, w + 3, salt=2)
     for corners in (True, False):
         resized = partial(resize, size=high.shape[2:], align_corners=corners)
         with poisoned():
             y = kernels.bilinear(x, (2 * h - 1, w + 3), corners, add=high)
             gx = kernels.bilinear_backward(high, (h, w), corners)
-        yield "bilinear", "forward", *compare([y], partial(_added, resized), [high, x])
+        yield "bilinear", "forward", *compare([y], lambda x, high, f=resized: high + f(x), [x, high])
         yield "bilinear", "backward", *compare([gx], resized, [x], high)
-
     weight, bias = data.weight(c + 1, c, 3, salt=3), data(c + 1, salt=4)
     gy, low = data(n, c + 1, h, w, salt=5), data(n, c + 1, (h + 1) // 2, (w + 1) // 2, salt=6)
     with poisoned():
@@ -357,9 +335,7 @@ def check_kernels(kernels: Backend, shape: Sequence[int], data: Data) -> Iterato
 def check_backends(device: str) -> list[dict[str, Any]]:
     """All kernels and hot paths of every backend that can run on ``device``, unproven ones too, against float64.
 
-    Returns:
-        A row for each: ``op``, ``backend``, ``dtype``, ``shape``, ``direction`` (forward, backward or decisions),
-        ``error``, ``limit`` and ``ok``.
+    A row for each: op, backend, dtype, shape, direction (forward, backward or decisions), error, limit and ok.
     """
     place = torch.empty(0, device=device).device  # with its index
     names = [info.name for info in backends.list_backends() if info.available]
@@ -370,6 +346,6 @@ def check_backends(device: str) -> list[dict[str, Any]]:
             continue
         found = [check_kernels(kernels, shape, data), *(check_call(call, name) for call in some_calls(shape, data))]
         for op, direction, error, limit in itertools.chain(*found):
-            row = {"op": op, "backend": name, "dtype": str(dtype).removeprefix("torch."), "shape": shape}
-            rows.append({**row, "direction": direction, "error": error, "limit": limit, "ok": error <= limit})
+            row = {"op": op, "backend": name, "dtype": str(dtype)[6:], "shape": shape, "direction": direction}
+            rows.append({**row, "error": error, "limit": limit, "ok": error <= limit})
     return rows

@@ -47,6 +47,11 @@ def photograph() -> Tensor:  # (1, 3, 375, 500)
 
 
 @pytest.fixture(scope="module")
+def model() -> RefineNet:
+    return small().eval()
+
+
+@pytest.fixture(scope="module")
 def refinenet101() -> RefineNet:
     return RefineNet(num_classes=21, trunk="resnet101", crp_stages=4).eval()
 
@@ -121,9 +126,9 @@ def test_gradients_are_those_of_the_plain_network():
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 300), (33, 65), (97, 31), (2, 3)])
 @pytest.mark.parametrize("batch", [0, 1, 2])
-def test_any_image_size(size, batch):
+def test_any_image_size(model, size, batch):
     with torch.no_grad():
-        logits = small().eval()(torch.randn(batch, 3, *size))
+        logits = model(torch.randn(batch, 3, *size))
     assert logits.shape == (batch, 5, *size)
     assert logits.isfinite().all()
 
@@ -133,8 +138,8 @@ def test_upsampling_can_be_left_out():
         assert small(upsample=False).eval()(torch.randn(1, 3, 33, 65)).shape == (1, 5, 9, 17)
 
 
-def test_any_memory_layout_gives_the_same_bits():
-    model, images = small().eval(), torch.randn(2, 3, 40, 56)
+def test_any_memory_layout_gives_the_same_bits(model):
+    images = torch.randn(2, 3, 40, 56)
     before = images.clone()
     with torch.no_grad():
         expected = model(images)
@@ -165,23 +170,19 @@ def scenes(count: int, size: int) -> tuple[Tensor, Tensor]:  # (N, 3, H, W), (N,
     return images, target
 
 
-def train(model: RefineNet, steps: int, autocast: bool = False) -> list[float]:
-    images, target = scenes(4, 64)
-    optimizer, losses = torch.optim.Adam(model.train().parameters(), lr=3e-3), []
-    for _ in range(steps):
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
+def test_training_halves_the_loss(autocast):
+    model, losses = small(dropout=0.1).train(), []
+    images, target = scenes(2, 64)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    while len(losses) < 30 and (not losses or losses[-1] > losses[0] / 2):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             loss = F.cross_entropy(model(images).float(), target)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    return losses
-
-
-@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
-def test_training_halves_the_loss(autocast):
-    losses = train(small(dropout=0.1), steps=30, autocast=autocast)
-    assert min(losses[-5:]) < losses[0] / 2, losses
+    assert losses[-1] <= losses[0] / 2, losses
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
@@ -197,16 +198,16 @@ def test_gradients_reach_every_parameter(autocast):
         assert name.startswith("trunk.") or p.grad.any(), name  # timm starts some trunk branches at zero
 
 
-def test_bfloat16_is_close_to_float32():
-    model, images = small().eval(), scenes(2, 64)[0]
+def test_bfloat16_is_close_to_float32(model):
+    images = scenes(2, 64)[0]
     with torch.no_grad():
         expected = model(images)
         with torch.autocast("cpu", torch.bfloat16):
             mixed = model(images)
-        whole = model.bfloat16()(images.bfloat16())
+        whole = copy.deepcopy(model).bfloat16()(images.bfloat16())
     for logits in (mixed, whole):
         assert logits.dtype == torch.bfloat16
-        assert (logits.float() - expected).norm() < 0.05 * expected.norm()
+        assert (logits.float() - expected).norm() < 0.02 * expected.norm()  # seen: 0.006
 
 
 def test_compiles_without_graph_breaks():
@@ -219,8 +220,8 @@ def test_compiles_without_graph_breaks():
         assert (g - expected).norm() <= 1e-3 * expected.norm() + 1e-6
 
 
-def test_copies_give_the_same_bits():
-    model, images = small().eval(), torch.randn(1, 3, 33, 65)
+def test_copies_give_the_same_bits(model):
+    images = torch.randn(1, 3, 33, 65)
     stored = io.BytesIO()
     torch.save(model.state_dict(), stored)
     stored.seek(0)
@@ -245,9 +246,9 @@ def test_copies_give_the_same_bits():
         (torch.zeros(1, 3, 8, 8, device="meta"), ValueError, "images: expected device cpu.*got meta"),
     ],
 )
-def test_bad_images(images, error, said):
+def test_bad_images(model, images, error, said):
     with pytest.raises(error, match=said):
-        small()(images)
+        model(images)
 
 
 @pytest.mark.parametrize(

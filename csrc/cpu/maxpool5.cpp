@@ -235,11 +235,12 @@ void gather_rows(const MaxPool5Backward& p, const Tile& tile, int64_t v, const f
     const float* from = received + (window.begin - left) * pitch;
     const int64_t out = (row + u) * s.c;
     for_channels(s.c, [&](int64_t c, auto lanes) {
-      Float sum = p.add ? load(static_cast<const T*>(p.add) + out + c, lanes) : Float{};
+      Float sum{};
       for (int64_t t = 0; t < window.count; ++t) {
         const int32_t dx = static_cast<int32_t>(kTaps - 1 - window.clipped - t);  // from column begin + t to column u
         sum += keep((load(argmax + t * s.c + c, lanes) & 7) == dx, load(from + t * pitch + c));
       }
+      if (p.add) sum += load(static_cast<const T*>(p.add) + out + c, lanes);
       store(static_cast<T*>(p.gx) + out + c, sum, lanes);
     });
   }

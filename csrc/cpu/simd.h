@@ -6,6 +6,10 @@
 #include <cstdint>
 #include <cstring>
 
+#ifdef __SSE2__
+#include <immintrin.h>
+#endif
+
 #ifndef REFINENET_FAST_ISA
 #error "define REFINENET_FAST_ISA: baseline, avx2 or avx512"
 #endif
@@ -50,7 +54,30 @@ static inline Int better(Float v, Float best) { return (v > best) | (v != v); }
 
 static inline Float widen(Float v) { return v; }
 static inline Float widen(Halves v) { return (Float)(__builtin_convertvector(v, Bits) << 16); }
+
+// Bytes to and from lanes of 0 ... 255. On x86 by intrinsics: GCC 12 takes a generic conversion apart lane by lane.
+#if defined(__AVX512F__)
+static inline Int widen(Bytes v) { return (Int)_mm512_cvtepu8_epi32((__m128i)v); }
+static inline Bytes narrow_bytes(Int v) { return (Bytes)_mm512_cvtepi32_epi8((__m512i)v); }
+#elif defined(__AVX2__)
+static inline Int widen(Bytes v) { return (Int)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128((int64_t)v)); }
+static inline Bytes narrow_bytes(Int v) {
+  const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
+  return (Bytes)_mm_cvtsi128_si64(_mm_packus_epi16(words, words));
+}
+#elif defined(__SSE2__)
+static inline Int widen(Bytes v) {
+  const __m128i zero = _mm_setzero_si128();
+  return (Int)_mm_unpacklo_epi16(_mm_unpacklo_epi8(_mm_cvtsi32_si128((int32_t)v), zero), zero);
+}
+static inline Bytes narrow_bytes(Int v) {
+  const __m128i words = _mm_packs_epi32((__m128i)v, (__m128i)v);
+  return (Bytes)_mm_cvtsi128_si32(_mm_packus_epi16(words, words));
+}
+#else
 static inline Int widen(Bytes v) { return __builtin_convertvector(v, Int); }
+static inline Bytes narrow_bytes(Int v) { return __builtin_convertvector(v, Bytes); }
+#endif
 
 template <class T>
 struct Memory;  // what a vector of kLanes elements of T is in memory
@@ -76,7 +103,7 @@ struct Memory<BFloat16> {
 template <>
 struct Memory<uint8_t> {
   typedef Bytes Vector;
-  static inline Bytes narrow(Int v) { return __builtin_convertvector(v, Bytes); }
+  static inline Bytes narrow(Int v) { return narrow_bytes(v); }
 };
 
 // How many elements a vector holds: all lanes, known to the compiler, or fewer at the end of the channels.
