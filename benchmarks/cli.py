@@ -126,11 +126,14 @@ def run(cases, dtype, device, rivals, seconds):
     end = time.monotonic() + seconds
     columns = (BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
     text = TextColumn("{task.description}")
-    with Progress(*columns, text, console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(*columns, text, console=console, transient=True) as progress:
         task = progress.add_task("", total=len(steps))
 
         def say(what):
             progress.update(task, description=what)
+            if not console.is_terminal:  # a log file has no use for a bar
+                print(what, file=sys.stderr, flush=True)
 
         for k, (case, direction) in enumerate(steps):
             share = (end - time.monotonic()) / (len(steps) - k)

@@ -4,9 +4,11 @@ python benchmarks/correctness.py --device cuda --json correctness.json
 """
 
 import collections
+import dataclasses
 import sys
 
 import options
+import refinenet_fast
 from refinenet_fast import testing
 
 
@@ -15,6 +17,8 @@ def main():
     options.add_machine_options(parser)
     args = parser.parse_args()
     _, meta = options.set_up_machine(parser, args)
+    meta["build"] = refinenet_fast.build_info()
+    meta["backends"] = [dataclasses.asdict(info) for info in refinenet_fast.list_backends()]
     rows = testing.check_backends(args.device)
     if args.json:
         options.write_json(args.json, {"meta": meta, "rows": rows})

@@ -122,13 +122,17 @@ def describe(device, allocator):
         "cudnn": torch.backends.cudnn.version() if cuda else None,
         "refinenet_fast": _version("refinenet_fast"),
         "commit": _git_commit(),
-        "command": shlex.join([Path(sys.executable).name, *_relative(sys.argv)]),
+        "command": shlex.join(["python", *_command(sys.argv)]),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
 
 
-def _relative(argv):
-    """argv with the script's path given from the repository root, wherever it was started."""
-    script = Path(argv[0]).resolve()
+def _command(argv):
+    """argv as typed in the repository's root, less the files it writes."""
+    script, arguments = Path(argv[0]).resolve(), list(argv[1:])
+    for option in ("--json", "--plot"):
+        if option in arguments:
+            at = arguments.index(option)
+            del arguments[at : at + 2]
     inside = script.is_relative_to(ROOT)
-    return [os.fspath(script.relative_to(ROOT)) if inside else script.name, *argv[1:]]
+    return [os.fspath(script.relative_to(ROOT)) if inside else script.name, *arguments]

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import os
 from pathlib import Path
 
@@ -78,6 +79,8 @@ def set_up_machine(parser, args):
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.backends.cudnn.benchmark = True
+    # torch.compile says on every machine without a GPU that it has none.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     device = torch.device(args.device)
     return device, machine.describe(device, allocator)
 

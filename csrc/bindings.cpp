@@ -38,14 +38,13 @@ MaxPool5Backward maxpool5_backward(Address gy, Address argmax, Address add, Addr
 
 Bilinear bilinear(Address x, Address add, Address y, int64_t n, int64_t h, int64_t w, int64_t c, int64_t out_h,
                   int64_t out_w, int dtype, bool align_corners) {
-  return {at<void>(x),  at<void>(add), at<void>(y), {n, h, w, c}, {h, out_h, align_corners}, {w, out_w, align_corners},
+  return {at<void>(x), at<void>(add), at<void>(y), {n, h, w, c}, {h, out_h, align_corners}, {w, out_w, align_corners},
           DType(dtype)};
 }
 
 BilinearBackward bilinear_backward(Address gy, Address gx, int64_t n, int64_t h, int64_t w, int64_t c, int64_t out_h,
                                    int64_t out_w, int dtype, bool align_corners) {
-  return {at<void>(gy),  at<void>(gx), {n, h, w, c}, {h, out_h, align_corners}, {w, out_w, align_corners},
-          DType(dtype)};
+  return {at<void>(gy), at<void>(gx), {n, h, w, c}, {h, out_h, align_corners}, {w, out_w, align_corners}, DType(dtype)};
 }
 
 // What one kernel is called on each device.
@@ -78,22 +77,20 @@ const Shape& shape_of(const BilinearBackward& a) { return a.in; }
 template <class Arguments, class... Flat>
 void define(py::module_& m, Entry<Arguments> entry, Arguments (*from)(Flat...)) {
   const auto release = py::call_guard<py::gil_scoped_release>();
-  m.def(
-      ("cpu_" + std::string(entry.name)).c_str(),
-      [entry, from](Flat... flat, int threads) {
-        const Arguments arguments = from(flat...);
-        if (shape_of(arguments).n > 0) (cpu::kernels().*entry.on_cpu)(arguments, threads);
-      },
-      release);
+  m.def(("cpu_" + std::string(entry.name)).c_str(),
+        [entry, from](Flat... flat, int threads) {
+          const Arguments arguments = from(flat...);
+          if (shape_of(arguments).n > 0) (cpu::kernels().*entry.on_cpu)(arguments, threads);
+        },
+        release);
 #ifdef REFINENET_FAST_WITH_CUDA
-  m.def(
-      ("cuda_" + std::string(entry.name)).c_str(),
-      [entry, from](Flat... flat, int device, Address stream) {
-        const Arguments arguments = from(flat...);
-        const Shape& shape = shape_of(arguments);
-        if (shape.n > 0) check(entry.on_cuda(arguments, device, at<void>(stream)), entry.name, shape);
-      },
-      release);
+  m.def(("cuda_" + std::string(entry.name)).c_str(),
+        [entry, from](Flat... flat, int device, Address stream) {
+          const Arguments arguments = from(flat...);
+          const Shape& shape = shape_of(arguments);
+          if (shape.n > 0) check(entry.on_cuda(arguments, device, at<void>(stream)), entry.name, shape);
+        },
+        release);
 #endif
 }
 
@@ -123,6 +120,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_isa", [] { return cpu::kernels().isa; });
   m.def("cpu_isas", cpu_isas);
   m.def("cpu_set_isa", cpu_set_isa);
+#ifdef REFINENET_FAST_WITH_CUDA
+  m.def("cuda_driver_version", cuda::driver_version);
+  m.def("cuda_built_version", cuda::built_version);
+#endif
   m.def("build_info_json", [] { return REFINENET_FAST_BUILD_INFO_JSON; });
 }
 

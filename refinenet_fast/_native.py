@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 from types import ModuleType
@@ -11,13 +12,11 @@ import torch  # first: its OpenMP runtime is the one that _C then shares
 from torch import Tensor
 
 _C: ModuleType | None
+missing: str | None
 try:
-    from refinenet_fast import _C  # type: ignore[attr-defined, no-redef]
+    _C, missing = importlib.import_module("refinenet_fast._C"), None
 except ImportError as error:
-    _C = None
-    missing: str | None = f"the compiled core refinenet_fast._C cannot be imported ({error}); run `pip install -e .`"
-else:
-    missing = None
+    _C, missing = None, f"the compiled core refinenet_fast._C cannot be imported ({error}); run `pip install -e .`"
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType in csrc/common/types.h
 

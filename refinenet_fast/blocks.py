@@ -7,7 +7,7 @@ blocks take any floating dtype and return ``channels_last`` memory; under autoca
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -73,7 +73,7 @@ class MultiResolutionFusion(nn.Module):
         xs: Sequence[Tensor],  # each (N, C_i, H_i, W_i)
     ) -> Tensor:  # (N, K, max H_i, max W_i)
         xs = _check_paths(xs, "xs", self.in_channels)
-        return fuse(xs, [conv.weight for conv in self.convs], align_corners=self.align_corners)
+        return fuse(xs, _weights(self.convs), align_corners=self.align_corners)
 
     def extra_repr(self) -> str:
         return f"align_corners={self.align_corners}"
@@ -105,7 +105,7 @@ class ChainedResidualPooling(nn.Module):
         self,
         x: Tensor,  # (N, C, H, W)
     ) -> Tensor:  # (N, C, H, W)
-        return crp(x, [conv.weight for conv in self.convs], order=self.order)
+        return crp(x, _weights(self.convs), order=self.order)
 
     def extra_repr(self) -> str:
         return f"order={self.order!r}"
@@ -167,6 +167,10 @@ class RefineNetBlock(nn.Module):
 def _conv(in_channels: int, channels: int, kernel_size: int = 3, bias: bool = False) -> nn.Conv2d:
     """A convolution that keeps the size; the decoder's have no bias unless something else is said."""
     return nn.Conv2d(in_channels, channels, kernel_size, padding=kernel_size // 2, bias=bias)
+
+
+def _weights(convs: Iterable[Any]) -> list[Tensor]:
+    return [conv.weight for conv in convs]
 
 
 def _units(channels: int, count: int) -> nn.Sequential:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 
-def nhwc_strides(shape: tuple[int, ...] | torch.Size) -> tuple[int, int, int, int]:
+def nhwc_strides(shape: Sequence[int]) -> tuple[int, int, int, int]:
     """Strides of a dense (N, C, H, W) tensor in NHWC memory, those of dimensions of size 1 too."""
     _, c, h, w = shape
     return (c * h * w, 1, c * w, c)
@@ -27,7 +29,7 @@ def nhwc(
 
 def empty_nhwc(
     x: Tensor,  # any: for its dtype and device
-    shape: tuple[int, int, int, int],  # (N, C, H, W)
+    shape: Sequence[int],  # (N, C, H, W)
     dtype: torch.dtype | None = None,
 ) -> Tensor:  # (N, C, H, W)
     """An uninitialised (N, C, H, W) tensor in NHWC memory."""

@@ -44,13 +44,12 @@ def create_trunk(name: str, pretrained: bool = False) -> tuple[nn.Module, list[i
         net = timm.create_model(name, pretrained=pretrained, features_only=True, out_indices=(-4, -3, -2, -1))
     except Exception as error:  # whatever timm, the Hub's client and the network raise
         if not pretrained:
-            raise ValueError(f"trunk: expected one with maps at {_scales(REDUCTIONS)}, got {name!r} ({error})") from error
+            raise ValueError(_no_maps(name, str(error))) from error
         create_trunk(name)  # raises if the trunk itself is at fault
         raise RuntimeError(_no_weights(name, error)) from error
     reductions, order = net.feature_info.reduction(), getattr(net, "output_fmt", "NCHW")
     if reductions != REDUCTIONS or order != "NCHW":
-        found = f"{_scales(reductions)}, {getattr(order, 'value', order)}"
-        raise ValueError(f"trunk: expected one with maps at {_scales(REDUCTIONS)}, NCHW, got {name!r} ({found})")
+        raise ValueError(_no_maps(name, f"{_scales(reductions)}, {getattr(order, 'value', order)}"))
     return net, net.feature_info.channels()
 
 
@@ -64,6 +63,10 @@ def _import_timm() -> Any:
 
 def _scales(reductions: list[int]) -> str:
     return ", ".join(f"1/{r}" for r in reductions)
+
+
+def _no_maps(name: str, found: str) -> str:
+    return f"trunk: expected one with maps at {_scales(REDUCTIONS)}, NCHW, got {name!r} ({found})"
 
 
 def _no_weights(name: str, error: Exception) -> str:

@@ -262,7 +262,7 @@ def test_bad_images(model, images, error, said):
         ({"dropout": 1.5}, ValueError, "dropout: expected a probability from 0 to 1, got 1.5"),
         ({"trunk": 18}, TypeError, "trunk: expected the name of a timm model, got 18"),
         ({"trunk": "resnet102"}, ValueError, "trunk: .*got 'resnet102'; similar names: .*resnet10"),
-        ({"trunk": "levit_128"}, ValueError, "trunk: expected one with maps at 1/4, 1/8, 1/16, 1/32, got 'levit_128'"),
+        ({"trunk": "levit_128"}, ValueError, "trunk: expected one with maps at .*1/32, NCHW, got 'levit_128'"),
         ({"trunk": "vit_tiny_patch16_224"}, ValueError, r"trunk: .*got 'vit_tiny_patch16_224' \(1/16, 1/16"),
         ({"trunk": "swin_tiny_patch4_window7_224"}, ValueError, r"trunk: .*NCHW, got 'swin.*1/32, NHWC\)"),
     ],
@@ -289,7 +289,7 @@ def test_pretrained_weights_that_cannot_be_had(monkeypatch):
         return create(name, **options)
 
     monkeypatch.setattr(timm, "create_model", offline)
-    with pytest.raises(RuntimeError, match="pretrained: .*'resnet18'.*no route to host.*pass pretrained=False"):
+    with pytest.raises(RuntimeError, match=r"pretrained: .*'resnet18'.*no route to host.*pass pretrained=False"):
         create_trunk("resnet18", pretrained=True)
     with pytest.raises(ValueError, match="trunk: expected one with maps"):
         create_trunk("levit_128", pretrained=True)

@@ -1,5 +1,6 @@
 // One axis of a bilinear resize: which inputs an output reads, and which outputs read an input. All indices and
-// weights come from integer quotient and remainder, so every backend has the same ones and the adjoint's range is exact.
+// weights come from integer quotient and remainder, so every backend has the same ones and the adjoint's range is
+// exact.
 #pragma once
 
 #include <cstdint>

@@ -8,13 +8,13 @@
 
 namespace refinenet_fast::cpu {
 
-#define REFINENET_FAST_DECLARE(ISA)                              \
-  namespace ISA {                                                \
-  void maxpool5(const MaxPool5&, int threads);                   \
-  void maxpool5_backward(const MaxPool5Backward&, int threads);  \
-  void bilinear(const Bilinear&, int threads);                   \
-  void bilinear_backward(const BilinearBackward&, int threads);  \
-  }                                                              \
+#define REFINENET_FAST_DECLARE(ISA)                                                                 \
+  namespace ISA {                                                                                   \
+  void maxpool5(const MaxPool5&, int threads);                                                      \
+  void maxpool5_backward(const MaxPool5Backward&, int threads);                                     \
+  void bilinear(const Bilinear&, int threads);                                                      \
+  void bilinear_backward(const BilinearBackward&, int threads);                                     \
+  }                                                                                                 \
   static const Kernels kernels_##ISA = {#ISA, ISA::maxpool5, ISA::maxpool5_backward, ISA::bilinear, \
                                         ISA::bilinear_backward};
 
@@ -34,8 +34,8 @@ struct Available {
 
   Available() {
 #ifdef REFINENET_FAST_HAVE_AVX512
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512dq")) {
       list[count++] = &kernels_avx512;
     }
 #endif

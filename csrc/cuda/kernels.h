@@ -11,6 +11,11 @@ int maxpool5_backward(const MaxPool5Backward&, int device, void* stream);
 int bilinear(const Bilinear&, int device, void* stream);
 int bilinear_backward(const BilinearBackward&, int device, void* stream);
 
+// The newest CUDA that the installed driver runs, and the one this was built with, as 1000 * major + 10 * minor; the
+// driver's is 0 where there is none.
+int driver_version();
+int built_version();
+
 // CUDA's own words for an error.
 const char* error_string(int error);
 

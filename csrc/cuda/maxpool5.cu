@@ -151,7 +151,7 @@ struct Forward {
   static int run(const MaxPool5& p, int device, void* stream) {
     constexpr int kLanes = 16 / sizeof(T);
     return vector_lanes<T>(p.shape.c, {p.x, p.y, p.argmax}) == kLanes ? forward<T, kLanes>(p, device, stream)
-                                                                     : forward<T, 1>(p, device, stream);
+                                                                      : forward<T, 1>(p, device, stream);
   }
 };
 
@@ -173,7 +173,5 @@ int maxpool5(const MaxPool5& p, int device, void* stream) { return by_dtype<Forw
 int maxpool5_backward(const MaxPool5Backward& p, int device, void* stream) {
   return by_dtype<Backward>(p, device, stream);
 }
-
-const char* error_string(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
 
 }  // namespace refinenet_fast::cuda

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -136,7 +136,9 @@ class Backend(ABC):
 
     def _split(self, way_out: WayOut) -> tuple[WayOut, WayOut]:
         """The longest run of steps, from the first on, that the backend fuses; and the steps that are left."""
-        fused, left, fusing = {}, {}, True
+        fused: dict[str, Any] = {}
+        left: dict[str, Any] = {}
+        fusing = True
         for step in ("bias", "relu", "select", "add", "add_relu", "upsample"):
             wanted = getattr(way_out, step)
             if wanted is None or wanted is False or wanted == ():

@@ -116,6 +116,9 @@ class Cuda(Native):
             return f"built without CUDA: {cuda['reason']}"
         if not torch.cuda.is_available():
             return "no CUDA device is available"
+        built, driver = _native._C.cuda_built_version() // 1000, _native._C.cuda_driver_version() // 1000
+        if driver < built:
+            return f"built with CUDA {built}, and the driver runs up to CUDA {driver}"
         return None
 
     def can_run(self, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -126,10 +129,6 @@ class Cuda(Native):
         archs = _native.build_info()["cuda"]["archs"]
         if not any(_runs_on(arch, major, minor) for arch in archs):
             return f"built for {', '.join(archs)}, and {device} is sm_{major}{minor}"
-        driver = torch._C._cuda_getDriverVersion()
-        built_with = int(_native.build_info()["cuda"]["version"].split(".")[0])
-        if driver // 1000 < built_with:
-            return f"built with CUDA {built_with}, which the driver (CUDA {driver // 1000}) is too old for"
         return None
 
     def _call(self, function: str, like: Tensor, *arguments: object) -> None:

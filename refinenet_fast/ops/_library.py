@@ -98,7 +98,7 @@ class HotPath:
     ) -> list[Tensor]:
         images = self.images(tensors)
         return [
-            empty_nhwc(t, tuple(t.shape)) if i < images else torch.empty_like(t)
+            empty_nhwc(t, t.shape) if i < images else torch.empty_like(t)
             for i, (t, need) in enumerate(zip(tensors, needs, strict=True))
             if need and t is not None
         ]

@@ -64,7 +64,9 @@ def _forward(kernels: Backend, tensors: Tensors, order: str, keep: bool) -> tupl
     """Result, and per stage what its convolution reads and the pool's argmax byte."""
     x, weights, biases = _unpack(tensors)
     stage = _pool_conv if order == "pool-conv" else _conv_pool
-    t, sums, saved = x, [], []
+    t = x
+    sums: list[Tensor] = []
+    saved: list[Tensor] = []
     for k, (w, b) in enumerate(zip(weights, biases, strict=True)):
         last = k == len(weights) - 1
         total = WayOut(add=tuple(sums), add_relu=(x,)) if last else WayOut()
@@ -116,7 +118,8 @@ def _backward(
     r"""With :math:`g_k` the gradient in :math:`t_k`: :math:`g_n = g_y` and :math:`g_{k-1} = g_y + J_k^T g_k`."""
     x, weights, biases = _unpack(tensors)
     need_x, need_weights, need_biases = needs[0], needs[1 : 1 + len(weights)], needs[1 + len(weights) :]
-    grad_weights, grad_biases = [None] * len(weights), [None] * len(weights)
+    grad_weights: Tensors = [None] * len(weights)
+    grad_biases: Tensors = [None] * len(weights)
     stage = _pool_conv_backward if order == "pool-conv" else _conv_pool_backward
     g: Tensor | None = gy
     for k in reversed(range(len(weights))):
@@ -172,11 +175,12 @@ def _conv_pool_backward(
 
 def _fake(tensors: Tensors, order: str) -> tuple[Tensor, list[Tensor]]:
     x, weights, _ = _unpack(tensors)
-    activation, byte = (lambda: empty_nhwc(x, tuple(x.shape))), (lambda: empty_nhwc(x, tuple(x.shape), torch.uint8))
     saved: list[Tensor] = []
     for k in range(len(weights)):
-        saved += [byte()] if order == "conv-pool" and k == 0 else [activation(), byte()]
-    return activation(), saved
+        if order == "pool-conv" or k > 0:
+            saved.append(empty_nhwc(x, x.shape))
+        saved.append(empty_nhwc(x, x.shape, torch.uint8))
+    return empty_nhwc(x, x.shape), saved
 
 
 _CRP = HotPath("crp", "str order", forward=_forward, backward=_backward, fake=_fake, images=lambda tensors: 1)

@@ -80,7 +80,7 @@ def _forward(
     full = (size[0], size[1])
     plain, convolved, resized = [], [], []
     for x, w, b in zip(*_unpack(tensors), strict=True):
-        if tuple(x.shape[2:]) == full:
+        if (x.shape[2], x.shape[3]) == full:
             plain.append(x) if w is None else convolved.append((x, w, b))
         else:
             resized.append(x if w is None else kernels.conv3x3(x, w, way_out=WayOut(bias=b)))
@@ -117,7 +117,7 @@ def _backward(
         need_x, need_w, need_b = needs[i], needs[paths + i], needs[2 * paths + i]
         if not (need_x or need_w or need_b):
             continue
-        own = tuple(x.shape[2:])
+        own = (x.shape[2], x.shape[3])
         if own not in at_size:
             at_size[own] = kernels.bilinear_backward(gy, own, align_corners)
         g = at_size[own]

@@ -87,7 +87,7 @@ def _backward(
 def _fake(tensors: Tensors, skip: str) -> tuple[Tensor, list[Tensor]]:
     x, w1, *_ = tensors
     n, _, height, width = x.shape
-    return empty_nhwc(x, tuple(x.shape)), [empty_nhwc(x, (n, w1.shape[0], height, width))]
+    return empty_nhwc(x, x.shape), [empty_nhwc(x, (n, w1.shape[0], height, width))]
 
 
 _RCU = HotPath("rcu", "str skip", forward=_forward, backward=_backward, fake=_fake, images=lambda tensors: 1)

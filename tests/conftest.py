@@ -1,0 +1,29 @@
+"""Where the tests run: every backend that is available here, on every device and in every dtype it can run."""
+
+from __future__ import annotations
+
+import pytest
+from common import PLACES, Place
+from hypothesis import HealthCheck, settings
+
+settings.register_profile("default", max_examples=15, derandomize=True, deadline=None, database=None)
+settings.register_profile(
+    "wide", max_examples=500, derandomize=False, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("default")  # another: pytest --hypothesis-profile=wide
+
+
+def _parameters(places: list[Place]) -> list:
+    return [pytest.param(p, id=str(p), marks=[pytest.mark.gpu] if p.device != "cpu" else []) for p in places]
+
+
+@pytest.fixture(scope="session", params=_parameters(PLACES))
+def place(request: pytest.FixtureRequest) -> Place:
+    """Every backend, device and dtype."""
+    return request.param
+
+
+@pytest.fixture(scope="session", params=_parameters([p for p in PLACES if p.name == "float32"]))
+def place32(request: pytest.FixtureRequest) -> Place:
+    """Every backend and device, in float32."""
+    return request.param
