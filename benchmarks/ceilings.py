@@ -189,7 +189,7 @@ def _fused_conv(bench, batch, channels, side, dtype, fusion):
 
 def pool(bench):
     """PyTorch's 5x5 max pool, stride 1; backward alone, from what forward kept."""
-    _both_ways(bench, _max_pool, lambda side: [side])
+    _both_ways(bench, _max_pool, lambda side: [side], lambda side: [side])
 
 
 def _max_pool(x):
@@ -198,24 +198,28 @@ def _max_pool(x):
 
 def bilinear(bench):
     """PyTorch's 2x bilinear upsampling of a map, plus a map of the larger size."""
-    _both_ways(bench, _upsample_add, lambda side: [side, side // 2])
+    # Backward has to compute the smaller map's gradient only: the larger one's is the incoming.
+    _both_ways(bench, _upsample_add, lambda side: [side, side // 2], lambda side: [side // 2])
 
 
 def _upsample_add(high, low):
     return high + F.interpolate(low, high.shape[2:], mode="bilinear", align_corners=True)
 
 
-def _both_ways(bench, function, sides):
-    """Eager and compiled, forward and backward, of a function of maps of the given sides."""
+def _both_ways(bench, function, inputs, gradients):
+    """Eager and compiled, forward and backward, of a function of square maps.
+
+    inputs(side), gradients(side): the sides of the maps that forward reads and backward writes,
+    for a result of that side.
+    """
     dtype = bench.dtypes[0]
     maps = MAPS if bench.cuda else MAPS[:2]  # each compilation takes a CPU several seconds
-    ways = itertools.product(("eager", "compile"), ("forward", "backward"))
-    for batch, (channels, side), way in itertools.product(bench.batches, maps, list(ways)):
-        shapes = [(batch, channels, s, s) for s in sides(side)]
-        elements = batch * channels * (side**2 + sum(s**2 for s in sides(side)))
+    ways = list(itertools.product(("eager", "compile"), ("forward", "backward")))
+    for batch, (channels, side), way in itertools.product(bench.batches, maps, ways):
+        moved = [side, *(inputs if way[1] == "forward" else gradients)(side)]
         bench.measure(
-            partial(_one_way, bench, function, shapes, dtype, *way),
-            nbytes=elements * DTYPES[dtype].itemsize,
+            partial(_one_way, bench, function, batch, channels, inputs(side), dtype, *way),
+            nbytes=batch * channels * sum(s**2 for s in moved) * DTYPES[dtype].itemsize,
             case=f"{batch}x{channels} at {side}x{side}",
             contender=way[0],
             direction=way[1],
@@ -223,8 +227,8 @@ def _both_ways(bench, function, sides):
         )
 
 
-def _one_way(bench, function, shapes, dtype, contender, direction):
-    xs = [bench.normal(*shape, dtype=dtype) for shape in shapes]
+def _one_way(bench, function, batch, channels, sides, dtype, contender, direction):
+    xs = [bench.normal(batch, channels, side, side, dtype=dtype) for side in sides]
     if contender == "compile":
         torch._dynamo.reset()
         # A compiled backward may otherwise reuse what forward kept, and then runs only once;
@@ -254,8 +258,9 @@ def main():
     parser.add_argument("--each", type=seconds, help="for one figure; 0.2 on a GPU, 0.5 on a CPU")
     args = parser.parse_args()
     device, meta = options.set_up_machine(parser, args)
-    torch.set_float32_matmul_precision("high")  # TF32 products on a GPU; no effect on a CPU
     cuda = device.type == "cuda"
+    if cuda:
+        torch.set_float32_matmul_precision("high")  # TF32 products
     bench = Bench(device, args.seconds or (480 if cuda else 150), args.each or (0.2, 0.5)[not cuda])
     content = {"meta": meta, "sections": {}}
     print(f"{meta['device_name']}, torch {meta['torch']}, allocator {meta['allocator']}")
@@ -264,8 +269,7 @@ def main():
         if args.json:
             options.write_json(args.json, content)
     failed = any(
-        section["error"] or any("error" in row for row in section["rows"])
-        for section in content["sections"].values()
+        section["error"] or any("error" in row for row in section["rows"]) for section in content["sections"].values()
     )
     return int(failed)
 

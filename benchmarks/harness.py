@@ -101,14 +101,16 @@ class Entry:
 
 def prepare(case, inputs, direction, contender):
     """Builds (and compiles) a contender for a case, holds it against float64, measures memory."""
-    entry = Entry(contender)
+    entry, device = Entry(contender), inputs.gy.device
     timed = functools.partial(_timed, inputs, direction, contender)
     try:
-        entry.built = contender.build(case, inputs, direction == FORWARD, timed)
-        entry.run = timed(entry.built.function)
-        entry.error, entry.problem = _gate(case, inputs, contender, entry.run())
-        if entry.problem is None and not entry.built.graphs:
-            entry.peak_memory_bytes = machine.peak_memory(entry.run, inputs.gy.device)
+        built = entry.built = contender.build(case, inputs, direction == FORWARD, timed)
+        entry.run = timed(built.function)
+        if contender.compiles or device.type == "cuda":
+            entry.run()  # compiling, and cuDNN while it tries algorithms, need memory of their own
+        peak, results = machine.peak_memory(entry.run, device)
+        entry.peak_memory_bytes = None if built.graphs else peak
+        entry.error, entry.problem = _gate(case, inputs, contender, results)
     except Exception as error:
         entry.problem = f"{type(error).__name__}: {error}".splitlines()[0][:300]
     return entry

@@ -37,8 +37,8 @@ def set_allocator(choice):
     return "keep" if kept else "default (mallopt refused keep)"
 
 
-def _proc_status(field):
-    """One field of /proc/self/status in bytes, such as VmRSS or VmHWM."""
+def _resident(field):
+    """This process's memory in bytes: VmRSS now, or VmHWM at its highest."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
@@ -46,7 +46,9 @@ def _proc_status(field):
 
 
 def peak_memory(call, device):
-    """Bytes that `call()` needs at its peak on top of what was held before; None if unknowable.
+    """(bytes that `call()` needs at its peak on top of what was held before, what it returns).
+
+    The bytes are None where that cannot be known.
 
     Inputs are held before, so they do not count; outputs do. On a GPU it is the caching
     allocator's count. On the CPU it is the resident set: free heap pages go back to the kernel
@@ -57,17 +59,17 @@ def peak_memory(call, device):
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        call()
+        result = call()
         torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
+        return torch.cuda.max_memory_allocated(device) - before, result
     try:
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # 5: reset VmHWM to VmRSS
-        before = _proc_status("VmRSS")
-        call()
-        return max(0, _proc_status("VmHWM") - before)
+        before = _resident("VmRSS")
     except (AttributeError, OSError, LookupError, TypeError):
-        return None
+        return None, call()
+    result = call()
+    return max(0, _resident("VmHWM") - before), result
 
 
 def cpu_model():

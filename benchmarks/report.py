@@ -3,7 +3,6 @@
 import importlib.util
 from itertools import groupby, zip_longest
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "build_info.h"
+#include "cpu/content_hash.h"
 #include "cpu/kernels.h"
 #ifdef REFINENET_FAST_WITH_CUDA
 #include "cuda/kernels.h"
@@ -117,6 +118,9 @@ PYBIND11_MODULE(_C, m) {
   define<MaxPool5Backward>(m, REFINENET_FAST_ENTRY(maxpool5_backward), maxpool5_backward);
   define<Bilinear>(m, REFINENET_FAST_ENTRY(bilinear), bilinear);
   define<BilinearBackward>(m, REFINENET_FAST_ENTRY(bilinear_backward), bilinear_backward);
+  m.def(
+      "content_hash", [](Address memory, size_t bytes) { return cpu::content_hash(at<void>(memory), bytes); },
+      py::call_guard<py::gil_scoped_release>());
   m.def("cpu_isa", [] { return cpu::kernels().isa; });
   m.def("cpu_isas", cpu_isas);
   m.def("cpu_set_isa", cpu_set_isa);

@@ -20,7 +20,7 @@ class RefineNet(nn.Module):
 
     The trunk's maps go through the blocks from the deepest on: {1/32}, {1/16, previous}, {1/8, previous},
     {1/4, previous}. Dropout acts on the two deepest maps and before the classifier, a 3x3 convolution with bias. The
-    decoder has no batch norm and starts from N(0, 0.01) with biases 0.
+    decoder has no batch norm; its weights start normally distributed with standard deviation 0.01, its biases at 0.
 
     Args:
         num_classes: Channels of the logits.

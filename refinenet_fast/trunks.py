@@ -70,8 +70,9 @@ def _no_maps(name: str, found: str) -> str:
 
 
 def _no_weights(name: str, error: Exception) -> str:
+    reason = f"{type(error).__name__}: {error}".rstrip(".")
     return (
         f"pretrained: expected to download the weights of trunk {name!r} or find them in the Hugging Face cache, got "
-        f"{type(error).__name__}: {error}. Without a network, either fill the cache on a machine that has one and copy "
-        "it (its folder is named by HF_HOME), or pass pretrained=False and load a state dict into `model.trunk`."
+        f"{reason}. Without a network, either fill the cache on a machine that has one and copy it (its folder is "
+        "named by HF_HOME), or pass pretrained=False and load a state dict into `model.trunk`."
     )

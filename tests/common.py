@@ -7,11 +7,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import refinenet_fast
 from refinenet_fast import backends, ops, testing
@@ -50,19 +52,23 @@ def _places() -> list[Place]:
     for info in refinenet_fast.list_backends():
         kernels = backends.get(info.name)
         for device in devices if info.available else []:
-            found += [Place(info.name, device, d) for d in testing.DTYPES if not kernels.can_run(torch.device(device), d)]
+            found += [
+                Place(info.name, device, d) for d in testing.DTYPES if not kernels.can_run(torch.device(device), d)
+            ]
     return found
 
 
 PLACES = _places()
 
-# -- random shapes and layouts ------------------------------------------------------------------------------------------
+# -- random shapes and layouts -----------------------------------------------------------------------------------------
 
 sides = st.one_of(st.just(1), st.sampled_from([2, 3, 5, 7, 11, 13, 17]), st.integers(1, 20))
 shapes = st.tuples(st.sampled_from([1, 2, 0, 3]), st.integers(1, 70), sides, sides)  # (N, C, H, W)
 narrow = st.tuples(st.sampled_from([1, 2, 0, 3]), st.integers(1, 9), sides, sides)
 seeds = st.integers(0, 999)
-layouts = st.sampled_from(["channels_last", "contiguous", "transposed", "rows", "channels", "expanded", "expanded_batch"])
+layouts = st.sampled_from(
+    ["channels_last", "contiguous", "transposed", "rows", "channels", "expanded", "expanded_batch"]
+)
 
 
 def laid_out(x: Tensor, how: str) -> Tensor:  # (N, C, H, W)
@@ -96,7 +102,7 @@ def sprinkled(x: Tensor, seed: int) -> Tensor:
     return x
 
 
-# -- comparisons --------------------------------------------------------------------------------------------------------
+# -- comparisons -------------------------------------------------------------------------------------------------------
 
 
 def assert_equal(got: Tensor, want: Tensor) -> None:
@@ -109,6 +115,24 @@ def assert_same_bits(got: Sequence[Tensor], want: Sequence[Tensor]) -> None:
     for a, b in zip(got, want, strict=True):
         assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
         assert a.contiguous().flatten().view(torch.uint8).equal(b.contiguous().flatten().view(torch.uint8))
+
+
+class Log(TorchDispatchMode):
+    """Within the block, every op that runs below autograd: its name, and for this package's the backend too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: list[tuple[str, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func.name())
+        self.ops.append((name.split("::")[1], args[-1]) if name.startswith("refinenet_fast::") else (name,))
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def own(self) -> list[tuple[str, ...]]:
+        """This package's ops: (op, backend)."""
+        return [op for op in self.ops if len(op) == 2]
 
 
 @contextmanager
@@ -151,6 +175,35 @@ def with_gradients(
     wanted = [leaf for leaf in leaves if leaf is not None]
     grads = torch.autograd.grad(y.sum(), wanted) if gy is None else torch.autograd.grad(y, wanted, gy)
     return y.detach(), list(grads)
+
+
+def laid(call: Call, how: str) -> Call:
+    """``call`` with its first tensor laid out as ``how`` says."""
+    return replace(call, tensors=[laid_out(call.tensors[0], how), *call.tensors[1:]])
+
+
+def assert_pytorchs(call: Call, place: Place, only_x: bool = False) -> None:
+    """Result and gradients (or only that in x) equal those of plain PyTorch; nothing that was passed in changes."""
+    gy = place.data(integers=True)(*testing.eager(call, *call.tensors).shape, salt=9)
+    want, want_grads = with_gradients(testing.eager, call, gy)
+    with unchanged(*call.tensors, gy), place.forced():
+        y, grads = with_gradients(public, call, gy)
+    count = 1 if only_x else None
+    for got, wanted in zip([y, *grads[:count]], [want, *want_grads[:count]], strict=True):
+        assert_equal(got, wanted)
+
+
+def assert_repeatable(call: Call, place: Place) -> None:
+    """The same bits twice; once with the gradient of a sum, which is an expanded scalar."""
+    with unchanged(*call.tensors), place.forced():
+        y, grads = with_gradients(public, call)
+        again, grads_again = with_gradients(public, call, torch.ones_like(y))
+    assert_same_bits([y, *grads], [again, *grads_again])
+
+
+def assert_gradcheck(call: Call) -> None:
+    leaves = [None if t is None else t.requires_grad_() for t in call.tensors]
+    assert torch.autograd.gradcheck(lambda *tensors: public(call, *tensors), leaves)
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from common import PLACES, Place
 from hypothesis import HealthCheck, settings
+
+from common import PLACES, Place
 
 settings.register_profile("default", max_examples=15, derandomize=True, deadline=None, database=None)
 settings.register_profile(
@@ -26,4 +27,10 @@ def place(request: pytest.FixtureRequest) -> Place:
 @pytest.fixture(scope="session", params=_parameters([p for p in PLACES if p.name == "float32"]))
 def place32(request: pytest.FixtureRequest) -> Place:
     """Every backend and device, in float32."""
+    return request.param
+
+
+@pytest.fixture(scope="session", params=_parameters([p for p in PLACES if p.dtype.itemsize == 2]))
+def place16(request: pytest.FixtureRequest) -> Place:
+    """Every backend and device, in bfloat16 and float16."""
     return request.param

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from common import Place, assert_equal, assert_same_bits, laid_out, layouts, seeds, shapes, sprinkled, unchanged
 from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from common import Place, assert_equal, assert_same_bits, laid_out, layouts, seeds, shapes, sprinkled, unchanged
 from refinenet_fast.backends import get
 from refinenet_fast.layout import nhwc_strides
-from refinenet_fast.testing import pool_index, poisoned
+from refinenet_fast.testing import poisoned, pool_index
 
 kinds = st.sampled_from(["ties", "normal", "non-finite"])
 

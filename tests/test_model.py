@@ -46,6 +46,15 @@ def photograph() -> Tensor:  # (1, 3, 375, 500)
     return ((pixels - mean[:, None, None]) / std[:, None, None])[None]
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """These networks are so small that threads spend more on waiting for each other than they save."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def model() -> RefineNet:
     return small().eval()
@@ -61,6 +70,7 @@ def test_parameters_of_refinenet101(refinenet101):
 
 
 def test_photograph(refinenet101):
+    torch.set_num_threads(os.cpu_count() or 1)
     with torch.inference_mode():
         logits = refinenet101(photograph())
     assert logits.shape == (1, 21, 375, 500)

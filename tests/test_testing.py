@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from common import assert_equal
 
+from common import assert_equal
 from refinenet_fast import backends, testing
 
 
@@ -95,7 +95,15 @@ def test_random_data_is_the_same_each_time():
 def test_every_backend_is_right_on_the_cpu():
     rows = testing.check_backends("cpu")
     assert [row for row in rows if not row["ok"]] == []
-    assert {row["op"] for row in rows} >= {"maxpool5", "bilinear", "conv3x3", "conv3x3_weight_grad", "rcu", "fuse", "crp"}
+    assert {row["op"] for row in rows} >= {
+        "maxpool5",
+        "bilinear",
+        "conv3x3",
+        "conv3x3_weight_grad",
+        "rcu",
+        "fuse",
+        "crp",
+    }
 
 
 @pytest.mark.slow

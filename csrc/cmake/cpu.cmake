@@ -15,7 +15,7 @@ function(refinenet_fast_cpu_target name)
   endif()
 endfunction()
 
-add_library(refinenet_fast_cpu STATIC csrc/cpu/dispatch.cpp)
+add_library(refinenet_fast_cpu STATIC csrc/cpu/dispatch.cpp csrc/cpu/content_hash.cpp)
 refinenet_fast_cpu_target(refinenet_fast_cpu)
 
 set(per_isa_sources csrc/cpu/maxpool5.cpp csrc/cpu/bilinear.cpp)
@@ -43,6 +43,9 @@ function(refinenet_fast_isa isa)
   refinenet_fast_cpu_target(${objects})
   target_compile_definitions(${objects} PRIVATE REFINENET_FAST_ISA=${isa})
   target_compile_options(${objects} PRIVATE ${flags})
+  if(isa STREQUAL "avx512") # GCC 12's own intrinsics start from an undefined register, and it warns of them
+    target_compile_options(${objects} PRIVATE $<$<CXX_COMPILER_ID:GNU>:-Wno-maybe-uninitialized>)
+  endif()
   target_sources(refinenet_fast_cpu PRIVATE $<TARGET_OBJECTS:${objects}>)
   set(REFINENET_FAST_ISAS ${REFINENET_FAST_ISAS} ${isa} PARENT_SCOPE)
 endfunction()

@@ -79,6 +79,7 @@ class Backend(ABC):
         weight: Tensor,  # (K, C, 3, 3) or (K, C, 1, 1)
         way_in: WayIn,
         way_out: WayOut,
+        pack: bool,
     ) -> Tensor:  # (N, K, H, W)
         """The convolution with only those ways in and out that ``fused_in`` and ``fused_out`` name."""
 
@@ -97,11 +98,16 @@ class Backend(ABC):
         weight: Tensor,  # (K, C, 3, 3) or (K, C, 1, 1)
         way_in: WayIn = PLAIN_IN,
         way_out: WayOut = PLAIN_OUT,
+        pack: bool = False,
     ) -> Tensor:  # (N, K, H, W)
-        """3x3 (or 1x1) convolution with everything done on the way in and out."""
+        """3x3 (or 1x1) convolution with everything done on the way in and out.
+
+        ``pack`` says that ``weight`` will come again unchanged, as it does in inference: a backend may keep a copy
+        of it in a layout of its own.
+        """
         x, way_in = self._compose_in(x, way_in)
         fused, left = self._split(way_out)
-        return self.way_out(self._conv3x3(x, weight, way_in, fused), left)
+        return self.way_out(self._conv3x3(x, weight, way_in, fused, pack), left)
 
     def conv3x3_weight_grad(
         self,
@@ -233,7 +239,7 @@ def rotated(
 class VendorConv:
     """The vendor's convolution (oneDNN, cuDNN), for a backend that has none of its own: a mixin."""
 
-    def _conv3x3(self, x: Tensor, weight: Tensor, way_in: WayIn, way_out: WayOut) -> Tensor:
+    def _conv3x3(self, x: Tensor, weight: Tensor, way_in: WayIn, way_out: WayOut, pack: bool) -> Tensor:
         bias = None if way_out.bias is None else way_out.bias.to(x.dtype)
         with _deterministic(x):
             return nhwc(torch.conv2d(x, weight.to(x.dtype), bias, padding=weight.shape[2] // 2))

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from refinenet_fast.backends.base import Backend
-from refinenet_fast.backends.native import Cpu, Cuda
+from refinenet_fast.backends.cpu import Cpu
+from refinenet_fast.backends.cuda import Cuda
 from refinenet_fast.backends.reference import Reference
 
 _BACKENDS: dict[str, Backend] = {b.name: b for b in (Reference(), Cpu(), Cuda())}

@@ -87,7 +87,7 @@ def _pool_conv(
 ) -> tuple[Tensor, list[Tensor]]:
     way_out = WayOut(bias=b, add=total.add, add_relu=total.add_relu)
     if not keep:
-        return kernels.conv3x3(t, w, WayIn(relu=first, pool=True), way_out), []
+        return kernels.conv3x3(t, w, WayIn(relu=first, pool=True), way_out, pack=True), []
     pooled, argmax = kernels.maxpool5(t, relu=first, argmax=True)
     return kernels.conv3x3(pooled, w, way_out=way_out), [pooled, argmax]
 
@@ -101,7 +101,7 @@ def _conv_pool(
     total: WayOut,
     keep: bool,
 ) -> tuple[Tensor, list[Tensor]]:
-    convolved = kernels.conv3x3(t, w, WayIn(relu=first), WayOut(bias=b))
+    convolved = kernels.conv3x3(t, w, WayIn(relu=first), WayOut(bias=b), pack=not keep)
     pooled, argmax = kernels.maxpool5(convolved, argmax=keep)
     kept = [] if not keep else [argmax] if first else [t, argmax]
     return kernels.way_out(pooled, total), kept

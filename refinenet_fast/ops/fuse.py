@@ -83,13 +83,14 @@ def _forward(
         if (x.shape[2], x.shape[3]) == full:
             plain.append(x) if w is None else convolved.append((x, w, b))
         else:
-            resized.append(x if w is None else kernels.conv3x3(x, w, way_out=WayOut(bias=b)))
+            resized.append(x if w is None else kernels.conv3x3(x, w, way_out=WayOut(bias=b), pack=not keep))
     y: Tensor | None = None
     if convolved:
         sums = tuple(plain)
         for k, (x, w, b) in enumerate(convolved):
             upsample = resized.pop() if resized and k == len(convolved) - 1 else None
-            y = kernels.conv3x3(x, w, way_out=WayOut(b, add=sums, upsample=upsample, align_corners=align_corners))
+            way_out = WayOut(b, add=sums, upsample=upsample, align_corners=align_corners)
+            y = kernels.conv3x3(x, w, way_out=way_out, pack=not keep)
             sums = (y,)
     elif len(plain) == 1 and resized:
         y = kernels.bilinear(resized.pop(), full, align_corners, add=plain[0])

@@ -53,9 +53,9 @@ def rcu(
 
 def _forward(kernels: Backend, tensors: Tensors, skip: str, keep: bool) -> tuple[Tensor, list[Tensor]]:
     x, w1, b1, w2, b2 = tensors
-    h = kernels.conv3x3(x, w1, WayIn(relu=True), WayOut(bias=b1, relu=True))
+    h = kernels.conv3x3(x, w1, WayIn(relu=True), WayOut(bias=b1, relu=True), pack=not keep)
     skipped = WayOut(bias=b2, add=(x,)) if skip == "raw" else WayOut(bias=b2, add_relu=(x,))
-    return kernels.conv3x3(h, w2, way_out=skipped), [h] if keep else []
+    return kernels.conv3x3(h, w2, way_out=skipped, pack=not keep), [h] if keep else []
 
 
 def _backward(

@@ -1,0 +1,61 @@
+"""C++ from the compiled core, and oneDNN's convolution with its own ways out and packed weights."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from refinenet_fast import _native
+from refinenet_fast.backends.base import WayIn, WayOut
+from refinenet_fast.backends.native import Native
+from refinenet_fast.backends.packed import PackedWeights
+from refinenet_fast.layout import nhwc
+
+
+class Cpu(Native):
+    """C++ on torch's own threads, for AVX-512, AVX2 or any processor."""
+
+    name = "cpu"
+    device_type = "cpu"
+    dtypes = (torch.float32, torch.bfloat16)
+    fused_out = frozenset({"bias", "relu", "add"})
+
+    def unavailable(self) -> str | None:
+        return _native.missing
+
+    def _call(self, function: str, like: Tensor, *arguments: object) -> None:
+        assert _native._C is not None
+        getattr(_native._C, f"cpu_{function}")(*arguments, torch.get_num_threads())
+
+    def __init__(self) -> None:
+        self.packed = PackedWeights()
+
+    def _conv3x3(self, x: Tensor, weight: Tensor, way_in: WayIn, way_out: WayOut, pack: bool) -> Tensor:
+        if not _onednn_runs(x):
+            y = super()._conv3x3(x, weight, way_in, WayOut(bias=way_out.bias), pack)
+            return self.way_out(y, replace(way_out, bias=None))
+        x, pad = nhwc(x), [weight.shape[2] // 2] * 2
+        bias = None if way_out.bias is None else way_out.bias.to(x.dtype)
+        common = (bias, pad, [1, 1], [1, 1], 1)
+
+        def reorder(w: Tensor) -> Tensor:
+            return torch.ops.mkldnn._reorder_convolution_weight(w, pad, [1, 1], [1, 1], 1, x.shape)
+
+        packed = self.packed.get(weight, x.dtype, reorder) if pack else reorder(weight.to(x.dtype))
+        left = way_out.add
+        if left and not way_out.relu:
+            add, left = nhwc(left[0]), left[1:]
+            binary = torch.ops.mkldnn._convolution_pointwise.binary
+            y = binary(x, add, packed, *common, "add", None, None, [], "")
+        else:  # oneDNN's sum comes before its ReLU, ours after
+            y = torch.ops.mkldnn._convolution_pointwise(x, packed, *common, "relu" if way_out.relu else "none", [], "")
+        return self.way_out(nhwc(y), WayOut(add=left))
+
+
+def _onednn_runs(x: Tensor) -> bool:
+    """Whether oneDNN is there, switched on, and has a convolution for this dtype on this processor."""
+    if x.numel() == 0 or not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+        return False
+    return x.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()

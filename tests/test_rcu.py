@@ -1,0 +1,62 @@
+"""The residual conv unit: against float64, against PyTorch where sums are exact, and its derivatives numerically."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from common import (
+    assert_gradcheck,
+    assert_pytorchs,
+    assert_repeatable,
+    assert_right,
+    laid,
+    layouts,
+    narrow,
+    seeds,
+    sprinkled,
+)
+from refinenet_fast.testing import Data, rcu_call
+
+options = {
+    "middle": st.integers(1, 9),
+    "kernel": st.sampled_from([1, 3]),
+    "biases": st.sampled_from(["", "1", "2", "12"]),
+    "skip": st.sampled_from(["raw", "relu"]),
+}
+
+
+@given(shape=narrow, how=layouts, seed=seeds, options=st.fixed_dictionaries(options))
+@example((2, 37, 13, 11), "contiguous", 0, {"middle": 29, "skip": "raw"})
+@example((1, 70, 5, 33), "channels", 1, {"middle": 3, "skip": "relu", "biases": "12"})
+def test_against_float64(place, shape, how, seed, options):
+    assert_right(laid(rcu_call(shape, place.data(seed=seed), **options), how), place.backend)
+
+
+@given(shape=narrow, how=layouts, seed=seeds, options=st.fixed_dictionaries(options))
+def test_ties_are_pytorchs(place32, shape, how, seed, options):
+    """On small integers every sum is exact, and many a ReLU sits at 0."""
+    call = laid(rcu_call(shape, place32.data(integers=True, seed=seed), **options), how)
+    assert_pytorchs(call, place32)
+
+
+@given(shape=narrow, seed=seeds, options=st.fixed_dictionaries({**options, "kernel": st.just(1)}))
+def test_non_finite_values_are_pytorchs(place32, shape, seed, options):
+    call = rcu_call(shape, place32.data(integers=True, seed=seed), **options)
+    call.tensors[0] = sprinkled(call.tensors[0], seed)
+    assert_pytorchs(call, place32, only_x=True)
+
+
+@pytest.mark.parametrize("skip", ["raw", "relu"])
+def test_an_expanded_gradient_and_the_same_bits_twice(place, skip):
+    call = rcu_call((2, 19, 9, 7), place.data(), middle=11, biases="12", skip=skip)
+    assert_repeatable(call, place)
+
+
+@pytest.mark.parametrize("skip", ["raw", "relu"])
+@pytest.mark.parametrize(("kernel", "biases"), [(3, "1"), (3, ""), (3, "12"), (1, "12"), (1, "2")])
+def test_gradcheck(kernel, biases, skip):
+    call = rcu_call((2, 2, 4, 3), Data(torch.float64), middle=3, kernel=kernel, biases=biases, skip=skip)
+    assert_gradcheck(call)

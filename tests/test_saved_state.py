@@ -1,0 +1,60 @@
+"""What training holds between forward and backward, byte for byte."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from common import public
+from torch import Tensor
+
+from refinenet_fast.testing import Call, crp_call, eager, fuse_call, rcu_call
+
+SHAPE = (2, 8, 9, 7)
+ELEMENTS = math.prod(SHAPE)
+
+
+def held(function: Callable[..., Tensor], call: Call) -> dict[torch.dtype, int]:
+    """Bytes that autograd holds for backward, by dtype; each memory once, the arguments not counted."""
+    leaves = [None if t is None else t.requires_grad_() for t in call.tensors]
+    given = {t.untyped_storage().data_ptr() for t in leaves if t is not None}
+    kept: dict[int, Tensor] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        kept[t.untyped_storage().data_ptr()] = t
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = function(call, *leaves)
+    assert y.requires_grad
+    sizes: dict[torch.dtype, int] = {}
+    for address, t in kept.items():
+        if address not in given:
+            sizes[t.dtype] = sizes.get(t.dtype, 0) + t.untyped_storage().nbytes()
+    return sizes
+
+
+@pytest.mark.parametrize("stages", [1, 2, 4])
+@pytest.mark.parametrize("order", ["pool-conv", "conv-pool"])
+def test_a_crp_stage_holds_one_byte_per_pooled_element_instead_of_eight(place, order, stages):
+    call = crp_call(SHAPE, place.data(), stages=stages, order=order)
+    with place.forced():
+        ours = held(public, call)
+    theirs = held(eager, call)
+    activation = ELEMENTS * place.dtype.itemsize
+    read = stages if order == "pool-conv" else stages - 1  # inputs of convolutions; the first may be x itself
+    assert ours.pop(torch.uint8) == stages * ELEMENTS
+    assert ours.pop(place.dtype, 0) == read * activation
+    assert not ours
+    assert theirs.pop(torch.int64) == stages * 8 * ELEMENTS
+    assert theirs.pop(place.dtype) >= (read + 1) * activation
+
+
+def test_an_rcu_holds_one_map_and_a_fusion_none(place):
+    with place.forced():
+        rcu = held(public, rcu_call(SHAPE, place.data(), middle=5, biases="12"))
+        fusion = held(public, fuse_call([SHAPE, (2, 3, 5, 4)], place.data(), [3, 1], 8, True))
+    assert rcu == {place.dtype: ELEMENTS // 8 * 5 * place.dtype.itemsize}
+    assert fusion == {}

@@ -1,0 +1,129 @@
+"""Python threads beside each other, the number of threads a kernel may use, and whose they are."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from common import PLACES, Place, assert_same_bits, run_python
+
+from refinenet_fast.testing import Call, Data, crp_call, fuse_call, rcu_call
+
+ON_THE_CPU = [p for p in PLACES if p.device == "cpu" and p.name in ("float32", "bfloat16")]
+
+
+def outcomes(call: Call, backend: str) -> list[torch.Tensor]:
+    """The result, what is saved and all gradients."""
+    y, saved = call.train(backend)
+    return [y, *saved, *call.gradients(torch.ones_like(y), saved, backend)]
+
+
+def some(place: Place, seed: int) -> list[Call]:
+    data = place.data(seed=seed)
+    shape = (1, 24 + 16 * seed, 20 + 9 * seed, 31)
+    return [
+        crp_call(shape, data),
+        fuse_call([shape, (1, 9, 10, 7 + seed)], data, [3, 1], 20),
+        fuse_call([(1, 40, 16, 9), (1, 40, 33, 21)], data, [None, None], 40),
+        rcu_call(shape, data),
+    ]
+
+
+@pytest.mark.parametrize("place", ON_THE_CPU, ids=str)
+def test_python_threads_do_not_disturb_each_other(place):
+    jobs = [some(place, seed) for seed in range(3)]
+    want = [[outcomes(call, place.backend) for call in calls] for calls in jobs]
+    failures, start = [], threading.Barrier(len(jobs))
+
+    def work(calls: list[Call], expected: list[list[torch.Tensor]]) -> None:
+        try:
+            start.wait()
+            for _ in range(4):
+                for call, wanted in zip(calls, expected, strict=True):
+                    assert_same_bits(outcomes(call, place.backend), wanted)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=pair) for pair in zip(jobs, want, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+@pytest.mark.parametrize("place", ON_THE_CPU, ids=str)
+def test_the_same_bits_on_one_thread_and_on_several(place):
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3, 8):
+            torch.set_num_threads(count)
+            results.append([t for call in some(place, 1) for t in outcomes(call, place.backend)])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert_same_bits(other, results[0])
+
+
+ONE_THREAD = """
+import time, torch
+from refinenet_fast.backends import get
+
+torch.set_num_threads(1)
+kernels, x = get("cpu"), torch.randn(1, 64, 96, 96).contiguous(memory_format=torch.channels_last)
+
+def work():
+    value, argmax = kernels.maxpool5(x, argmax=True)
+    kernels.maxpool5_backward(value, argmax)
+    kernels.bilinear_backward(kernels.bilinear(x, (96, 192), True), (96, 96), True)
+
+work()
+wall, cpu = time.perf_counter(), time.process_time()
+while time.perf_counter() - wall < 1:
+    work()
+print((time.process_time() - cpu) / (time.perf_counter() - wall), len(open("/proc/self/status").read()))
+"""
+
+
+@pytest.mark.skipif("cpu" not in {p.backend for p in PLACES}, reason="needs the compiled core")
+def test_one_thread_means_one_threads_worth_of_cpu_time():
+    done = run_python(ONE_THREAD)
+    assert float(done.stdout.split()[0]) <= 1.1, done.stderr
+
+
+LIBRARIES = """
+import re, torch, refinenet_fast
+from refinenet_fast.backends import get
+
+torch.set_num_threads(2)
+x = torch.randn(1, 64, 32, 32)
+torch.nn.functional.conv2d(x, torch.randn(64, 64, 3, 3))
+get("cpu").maxpool5(x)
+paths = {line.split()[-1] for line in open("/proc/self/maps") if "/" in line}
+print(*(p for p in paths if re.search(r"/lib(g|i)?omp\\d*[-.][^/]*$", p)), sep="\\n")
+"""
+
+
+@pytest.mark.skipif("cpu" not in {p.backend for p in PLACES}, reason="needs the compiled core")
+def test_there_is_one_openmp_runtime():
+    """A second pool of threads would spin against PyTorch's on the same cores."""
+    done = run_python(LIBRARIES)
+    assert len(done.stdout.split()) == 1, done.stdout + done.stderr
+
+
+def test_backward_on_autograds_own_thread_gives_the_same_bits():
+    """Where several devices or threads call backward at once, kernels run on threads that Python did not start."""
+    place = ON_THE_CPU[-1]
+    call = crp_call((1, 24, 20, 31), Data(place.dtype))
+    want = outcomes(call, place.backend)
+    found: list[list[torch.Tensor]] = []
+    threads = [threading.Thread(target=lambda: found.append(outcomes(call, place.backend))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 2
+    for got in found:
+        assert_same_bits(got, want)
