@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 import options
-from timing import Timed, interleave, synchronize
+from timing import GaveUp, Timed, interleave, patience, synchronize
 
 # (input channels, output channels, side): the decoder of RefineNet on a 512x512 image. First the
 # shapes it spends most time at, then the adaptive convolutions that read the trunk.
@@ -73,11 +73,12 @@ class Bench:
             return
         name = " ".join(map(str, labels.values()))
         try:
-            run = make()
-            run()  # compiles, and lets the vendor's library try its algorithms
-            synchronize(self.device)
+            with patience(60, "the first run"):
+                run = make()
+                run()  # compiles, and lets the vendor's library try its algorithms
+                synchronize(self.device)
             (time_ms,) = interleave([Timed(run)], self.device, self.each, at_least=3)
-        except Exception as error:
+        except (Exception, GaveUp) as error:
             row["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
             print(f"  {name}: {row['error']}", flush=True)
             return

@@ -11,10 +11,13 @@ import torch
 import machine
 from contenders import Built, Contender
 from refinenet_fast.testing import relative_l2, tolerance
-from timing import Timed, interleave
+from timing import GaveUp, Timed, interleave, patience
 
 FORWARD, TRAINING = "forward", "forward+backward"
 DIRECTIONS = (FORWARD, TRAINING)
+
+PATIENCE = {"cpu": 45, "cuda": 300}  # seconds to build a contender for one case
+_gave_up: set[tuple[str, str]] = set()  # (contender, direction)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -102,15 +105,22 @@ class Entry:
 def prepare(case, inputs, direction, contender):
     """Builds (and compiles) a contender for a case, holds it against float64, measures memory."""
     entry, device = Entry(contender), inputs.gy.device
+    if (contender.name, direction) in _gave_up:
+        entry.problem = "not tried, since an earlier shape took too long to compile"
+        return entry
     timed = functools.partial(_timed, inputs, direction, contender)
     try:
-        built = entry.built = contender.build(case, inputs, direction == FORWARD, timed)
-        entry.run = timed(built.function)
-        if contender.compiles or device.type == "cuda":
-            entry.run()  # compiling, and cuDNN while it tries algorithms, need memory of their own
+        with patience(PATIENCE[device.type], "building it"):
+            built = entry.built = contender.build(case, inputs, direction == FORWARD, timed)
+            entry.run = timed(built.function)
+            if contender.compiles or device.type == "cuda":
+                entry.run()  # compiling, and cuDNN's search, need memory of their own
         peak, results = machine.peak_memory(entry.run, device)
         entry.peak_memory_bytes = None if built.graphs else peak
         entry.error, entry.problem = _gate(case, inputs, contender, results)
+    except GaveUp as error:
+        entry.problem = str(error)
+        _gave_up.add((contender.name, direction))
     except Exception as error:
         entry.problem = f"{type(error).__name__}: {error}".splitlines()[0][:300]
     return entry

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import signal
 import statistics
 import time
 from collections.abc import Callable
@@ -99,3 +100,25 @@ def _cuda_rounds(runs, device, seconds, at_least, at_most):
 def l2_bytes(device):
     """The GPU's L2 size in bytes, and at least 128 MB, so that a flush also hides launches."""
     return max(torch.cuda.get_device_properties(device).L2_cache_size, 128 << 20)
+
+
+class GaveUp(BaseException):
+    """Not an Exception, so that no `except Exception` in between goes on with half a result."""
+
+
+@contextlib.contextmanager
+def patience(seconds, what):
+    """Raises GaveUp where the block takes longer: some versions of torch.compile take minutes
+    over the backward of a max pool. Python code of the main thread is interrupted, nothing else.
+    """
+
+    def give_up(*_):
+        raise GaveUp(f"{what} took more than {seconds:g} s")
+
+    handler = signal.signal(signal.SIGALRM, give_up)
+    timer = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:  # a test runner may have its own alarm running
+        signal.setitimer(signal.ITIMER_REAL, *timer)
+        signal.signal(signal.SIGALRM, handler)

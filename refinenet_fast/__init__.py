@@ -5,10 +5,22 @@ from importlib.metadata import PackageNotFoundError, version
 from refinenet_fast import ops
 from refinenet_fast._native import build_info
 from refinenet_fast.backends import list_backends, use_backend
+from refinenet_fast.blocks import ChainedResidualPooling, MultiResolutionFusion, RefineNetBlock, ResidualConvUnit
+from refinenet_fast.model import RefineNet
 
 try:
-    __version__ = version("refinenet-fast")
+    __version__ = version("refinenet_fast")
 except PackageNotFoundError:  # an uninstalled checkout on the path
     __version__ = "0+unknown"
 
-__all__ = ["build_info", "list_backends", "ops", "use_backend"]
+__all__ = [
+    "ChainedResidualPooling",
+    "MultiResolutionFusion",
+    "RefineNet",
+    "RefineNetBlock",
+    "ResidualConvUnit",
+    "build_info",
+    "list_backends",
+    "ops",
+    "use_backend",
+]

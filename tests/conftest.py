@@ -6,12 +6,20 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from common import PLACES, Place
+from refinenet_fast import use_backend
 
 settings.register_profile("default", max_examples=15, derandomize=True, deadline=None, database=None)
 settings.register_profile(
     "wide", max_examples=500, derandomize=False, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("default")  # another: pytest --hypothesis-profile=wide
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _nothing_is_forced():
+    """Nor left forced by a test that fails."""
+    with use_backend("auto"):
+        yield
 
 
 def _parameters(places: list[Place]) -> list:

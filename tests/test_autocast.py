@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from common import assert_right, assert_same_bits, public, with_gradients
 
+from common import assert_right, assert_same_bits, public, with_gradients
 from refinenet_fast import ops
 from refinenet_fast.testing import Call, Data, compare, crp_call, eager, fuse_call, rcu_call
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from common import assert_same_bits, with_gradients
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import refinenet_fast
+from common import assert_same_bits, with_gradients
 from refinenet_fast import ops
 from refinenet_fast.testing import Call, Data, crp_call, fuse_call, rcu_call, relative_l2
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from common import assert_equal, assert_same_bits, laid_out, layouts, narrow, seeds, sprinkled, unchanged
 from refinenet_fast.backends import WayIn, WayOut, get, rotated
 from refinenet_fast.layout import nhwc_strides
-from refinenet_fast.testing import Data, compare, conv, maxpool, poisoned, resize
+from refinenet_fast.testing import Data, compare, conv, maxpool, poisoned, relative_l2, resize
 
 ways_in = st.builds(WayIn, relu=st.booleans(), pool=st.booleans())
 kernel_sizes = st.sampled_from([1, 3])
@@ -157,6 +157,26 @@ def test_large_finite_input_never_gives_nan(place, kernel):
     x, weight = data(1, 64, 9, 11) * 4.9e29, data.weight(8, 64, kernel, salt=1)
     for y in (place.kernels.conv3x3(x, weight), place.kernels.conv3x3_weight_grad(x, data(1, 8, 9, 11), weight)):
         assert y.isfinite().all()
+
+
+def test_weights_written_behind_autograds_back_are_noticed(place):
+    """A backend may keep packed weights, but neither address nor version counter says that they are unchanged."""
+    x, weight = place.data()(1, 8, 6, 5), torch.nn.Parameter(place.data().weight(8, 8, 3, salt=1))
+    writes = [
+        lambda: weight.data.mul_(2),
+        lambda: setattr(weight, "data", -weight.data),
+        lambda: weight.data.copy_(weight.data.flip(0)),  # the same numbers in other places
+        lambda: weight.detach()[7, 7, 2, 2].add_(1),
+    ]
+    if place.dtype in (torch.float32, torch.float64) and place.device == "cpu":
+        writes.append(lambda: weight.detach().numpy().__setitem__((0, 0, 0, 0), 7.0))
+    with torch.no_grad():
+        for write in writes:
+            place.kernels.conv3x3(x, weight, pack=True)
+            write()
+            want = place.kernels.conv3x3(x, weight.detach().clone())
+            error = relative_l2(place.kernels.conv3x3(x, weight, pack=True), want)
+            assert error <= 16 * torch.finfo(place.dtype).eps
 
 
 def test_the_same_bits_twice(place):

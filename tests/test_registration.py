@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from common import Log, Place, public, with_gradients
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from common import Log, Place, public, with_gradients
 from refinenet_fast.testing import Call, Data, crp_call, fuse_call, rcu_call, some_calls
 
 OPS = ["rcu", "fuse", "crp"]

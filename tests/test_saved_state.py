@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from common import public
 from torch import Tensor
 
+from common import public
 from refinenet_fast.testing import Call, crp_call, eager, fuse_call, rcu_call
 
 SHAPE = (2, 8, 9, 7)

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from refinenet_fast.layout import nhwc
+from refinenet_fast.layout import empty_nhwc, nhwc
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,15 @@ class Backend(ABC):
         x, way_in = self._compose_in(x, way_in)
         fused, left = self._split(way_out)
         return self.way_out(self._conv3x3(x, weight, way_in, fused, pack), left)
+
+    def conv3x3_input_grad(
+        self,
+        gy: Tensor,  # (N, K, H, W)
+        weight: Tensor,  # (K, C, 3, 3) or (K, C, 1, 1)
+        way_out: WayOut = PLAIN_OUT,
+    ) -> Tensor:  # (N, C, H, W)
+        """Gradient of ``conv3x3`` in its input (after the way in): itself a ``conv3x3``, with rotated weights."""
+        return self.conv3x3(gy, rotated(weight), way_out=way_out)
 
     def conv3x3_weight_grad(
         self,
@@ -244,15 +253,29 @@ class VendorConv:
         with _deterministic(x):
             return nhwc(torch.conv2d(x, weight.to(x.dtype), bias, padding=weight.shape[2] // 2))
 
+    def conv3x3_input_grad(self, gy: Tensor, weight: Tensor, way_out: WayOut = PLAIN_OUT) -> Tensor:
+        x = empty_nhwc(gy, (gy.shape[0], weight.shape[1], *gy.shape[2:]))  # for its shape and strides: never read
+        if gy.numel() == 0:
+            return x
+        return self.way_out(nhwc(_convolution_backward(gy, x, weight, wanted=0)), way_out)
+
     def _conv3x3_weight_grad(self, x: Tensor, gy: Tensor, weight: Tensor) -> Tensor:
         if gy.numel() == 0:
             return torch.zeros_like(weight)
-        pad = weight.shape[2] // 2
-        with _deterministic(x):
-            grads = torch.ops.aten.convolution_backward(
-                gy, x, weight.to(x.dtype), None, [1, 1], [pad, pad], [1, 1], False, [0, 0], 1, [False, True, False]
-            )
-        return grads[1]
+        return _convolution_backward(gy, x, weight, wanted=1)
+
+
+def _convolution_backward(
+    gy: Tensor,  # (N, K, H, W)
+    x: Tensor,  # (N, C, H, W)
+    weight: Tensor,  # (K, C, R, R)
+    wanted: int,
+) -> Tensor:
+    """The vendor's gradient in the input (wanted = 0) or the weight (1)."""
+    mask, pad = [wanted == 0, wanted == 1, False], [weight.shape[2] // 2] * 2
+    with _deterministic(gy):
+        backward = torch.ops.aten.convolution_backward
+        return backward(gy, x, weight.to(gy.dtype), None, [1, 1], pad, [1, 1], False, [0, 0], 1, mask)[wanted]
 
 
 class _deterministic:

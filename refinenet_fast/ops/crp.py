@@ -1,4 +1,4 @@
-"""Chained residual pooling (Lin et al., CVPR 2017, section 3.3)."""
+"""Chained residual pooling (Lin et al., CVPR 2017, section 3.2)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from refinenet_fast.backends import Backend, WayIn, WayOut, resolve, rotated, select
+from refinenet_fast.backends import Backend, WayIn, WayOut, resolve, select
 from refinenet_fast.layout import empty_nhwc
 from refinenet_fast.ops import _check
 from refinenet_fast.ops._autocast import activations
@@ -154,7 +154,7 @@ def _pool_conv_backward(
     """Gradient in the stage's input, None unless anything ``deeper`` wants it, and in its convolution's result."""
     if not deeper:
         return None, g
-    pooled = kernels.conv3x3(g, rotated(w))
+    pooled = kernels.conv3x3_input_grad(g, w)
     return kernels.maxpool5_backward(pooled, argmax, add=gy), g
 
 
@@ -170,7 +170,7 @@ def _conv_pool_backward(
     at_conv = kernels.maxpool5_backward(g, argmax)
     if not deeper:
         return None, at_conv
-    return kernels.conv3x3(at_conv, rotated(w), way_out=WayOut(add=(gy,))), at_conv
+    return kernels.conv3x3_input_grad(at_conv, w, WayOut(add=(gy,))), at_conv
 
 
 def _fake(tensors: Tensors, order: str) -> tuple[Tensor, list[Tensor]]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from refinenet_fast.backends import Backend, WayOut, resolve, rotated
+from refinenet_fast.backends import Backend, WayOut, resolve
 from refinenet_fast.layout import empty_nhwc, nhwc
 from refinenet_fast.ops import _check
 from refinenet_fast.ops._autocast import activations
@@ -123,7 +123,7 @@ def _backward(
             at_size[own] = kernels.bilinear_backward(gy, own, align_corners)
         g = at_size[own]
         if need_x:
-            grads[i] = nhwc(g.clone()) if w is None else kernels.conv3x3(g, rotated(w))
+            grads[i] = nhwc(g.clone()) if w is None else kernels.conv3x3_input_grad(g, w)
         if need_w:
             grads[paths + i] = kernels.conv3x3_weight_grad(x, g, w)
         if need_b:

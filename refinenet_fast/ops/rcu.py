@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from refinenet_fast.backends import Backend, WayIn, WayOut, resolve, rotated, select
+from refinenet_fast.backends import Backend, WayIn, WayOut, resolve, select
 from refinenet_fast.layout import empty_nhwc
 from refinenet_fast.ops import _check
 from refinenet_fast.ops._autocast import activations
@@ -72,13 +72,13 @@ def _backward(
     need_x, need_w1, need_b1, need_w2, need_b2 = needs
     gx = gw1 = gb1 = None
     if need_x or need_w1 or need_b1:
-        gh = kernels.conv3x3(gy, rotated(w2), way_out=WayOut(select=h))
+        gh = kernels.conv3x3_input_grad(gy, w2, WayOut(select=h))
         gw1 = kernels.conv3x3_weight_grad(x, gh, w1, WayIn(relu=True)) if need_w1 else None
         gb1 = kernels.bias_grad(gh, b1) if need_b1 else None
         if need_x and skip == "raw":
-            gx = kernels.conv3x3(gh, rotated(w1), way_out=WayOut(select=x, add=(gy,)))
+            gx = kernels.conv3x3_input_grad(gh, w1, WayOut(select=x, add=(gy,)))
         elif need_x:
-            gx = select(kernels.conv3x3(gh, rotated(w1), way_out=WayOut(add=(gy,))), x)
+            gx = select(kernels.conv3x3_input_grad(gh, w1, WayOut(add=(gy,))), x)
     gw2 = kernels.conv3x3_weight_grad(h, gy, w2) if need_w2 else None
     gb2 = kernels.bias_grad(gy, b2) if need_b2 else None
     return [gx, gw1, gb1, gw2, gb2]
