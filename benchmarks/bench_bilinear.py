@@ -48,7 +48,7 @@ def case(n, c, h, w, dtype):
     large, small = (n * c * s[2] * s[3] * DTYPES[dtype].itemsize for s in (high, low))
     forward = small + 2 * large
     return Case(
-        name=f"{n}x{c}x{h}x{w}",
+        shape=(n, c, h, w),
         # Backward reads the gradient and writes the small map's; the large map's is the same.
         work={FORWARD: forward, TRAINING: forward + large + small},
         unit="GB/s",

@@ -45,7 +45,7 @@ def cases(args):
 def case(n, c, h, w, stages, pytorch, fused):
     flops = stages * 2 * n * h * w * 9 * c * c
     return Case(
-        name=f"{n}x{c}x{h}x{w}",
+        shape=(n, c, h, w),
         work={FORWARD: flops, TRAINING: 3 * flops},
         unit="GFLOP/s",
         setup=partial(setup, (n, c, h, w), stages),

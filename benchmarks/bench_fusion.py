@@ -39,7 +39,7 @@ def case(n, c, h, w):
     low = (n, LOW_CHANNELS.get((c, h, w), c), (h + 1) // 2, (w + 1) // 2)
     flops = 2 * n * 9 * c * (h * w * c + low[1] * low[2] * low[3])
     return Case(
-        name=f"{n}x{c}x{h}x{w}",
+        shape=(n, c, h, w),
         work={FORWARD: flops, TRAINING: 3 * flops},
         unit="GFLOP/s",
         setup=partial(setup, c, ((n, c, h, w), low)),

@@ -49,7 +49,7 @@ def setup(shape, dtype, device, generator):
 def case(n, c, h, w, dtype):
     size = n * c * h * w * DTYPES[dtype].itemsize
     return Case(
-        name=f"{n}x{c}x{h}x{w}",
+        shape=(n, c, h, w),
         work={FORWARD: 2 * size, TRAINING: 4 * size},
         unit="GB/s",
         setup=partial(setup, (n, c, h, w)),

@@ -33,7 +33,7 @@ def setup(shape, dtype, device, generator):
 def case(n, c, h, w):
     flops = 2 * 2 * n * h * w * 9 * c * c
     return Case(
-        name=f"{n}x{c}x{h}x{w}",
+        shape=(n, c, h, w),
         work={FORWARD: flops, TRAINING: 3 * flops},
         unit="GFLOP/s",
         setup=partial(setup, (n, c, h, w)),

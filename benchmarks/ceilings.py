@@ -285,6 +285,8 @@ def run_section(bench, section):
     except Exception as raised:
         error = f"{type(raised).__name__}: {raised}"
         print(f"  {error}", flush=True)
+    if skipped := sum("skipped" in row for row in bench.rows):
+        print(f"  {skipped} left out: out of time")
     return {"rows": bench.rows, "error": error, "seconds": round(time.monotonic() - start, 1)}
 
 

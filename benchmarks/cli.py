@@ -74,14 +74,14 @@ def fill_in(args, spec):
     return args
 
 
-def choose(args, warn=lambda text: None):
+def choose(args, device, warn=lambda text: None):
     """The contenders asked for, or all that can run, with the reason for each that cannot.
 
     Raises:
         ValueError: One that was asked for cannot run; says why.
     """
-    device, dtype = torch.device(args.device), options.DTYPES[args.dtype]
-    reasons = {n: contenders.cannot_run(n, device, dtype) for n in contenders.known()}
+    dtype = options.DTYPES[args.dtype]
+    reasons = {name: contenders.cannot_run(name, device, dtype) for name in contenders.known()}
     if args.contenders:
         for name in args.contenders:
             if reasons[name]:
@@ -103,7 +103,7 @@ def main(spec):
         parser.error("--plot needs matplotlib: python -m pip install 'refinenet_fast[bench]'")
     device, meta = options.set_up_machine(parser, args)
     try:
-        rivals = choose(args, warn=lambda text: print(text, file=sys.stderr))
+        rivals = choose(args, device, warn=lambda text: print(text, file=sys.stderr))
     except ValueError as error:
         parser.error(str(error))
     cases = spec.cases(args)
@@ -154,16 +154,18 @@ class Measurement:
     contender: contenders.Contender
     dtype: torch.dtype
     device: torch.device
+    meta: dict
 
     def __str__(self):
         return f"{self.case.name}-{self.direction}-{self.contender.name}"
 
     def __call__(self, benchmark):
-        benchmark.group = f"{self.case.name} {self.direction}"
+        what = benchmark.name.partition("[")[0]
+        benchmark.group = f"{what} {self.case.name} {self.direction}"
         inputs = harness.inputs_of(self.case, self.dtype, self.device)
         entry = harness.prepare(self.case, inputs, self.direction, self.contender)
         assert entry.problem is None, entry.problem
-        benchmark.extra_info.update(entry.fields())
+        benchmark.extra_info.update(self.meta | entry.fields())
 
         def call():
             entry.run.call()
@@ -176,11 +178,12 @@ class Measurement:
 
 def measurements(spec, quick):
     """What conftest.py parametrises a test_* function with: the defaults of the command line."""
-    args = fill_in(make_parser(spec).parse_args(["--quick"] if quick else []), spec)
-    device, dtype = torch.device(args.device), options.DTYPES[args.dtype]
+    parser = make_parser(spec)
+    args = fill_in(parser.parse_args(["--quick"] if quick else []), spec)
+    device, meta = options.set_up_machine(parser, args)
     return [
-        Measurement(case, direction, rival, dtype, device)
+        Measurement(case, direction, rival, options.DTYPES[args.dtype], device, meta)
         for case in spec.cases(args)
         for direction in harness.DIRECTIONS
-        for rival in choose(args)
+        for rival in choose(args, device)
     ]

@@ -30,13 +30,17 @@ class Case:
     are plainly wrong, and the tests compare them strictly, with the decisions held equal.
     """
 
-    name: str  # "1x256x128x128"
+    shape: tuple[int, int, int, int]  # (N, C, H, W) of the result
     work: dict[str, int]  # direction -> FLOPs or bytes
     unit: str  # "GFLOP/s" or "GB/s"
     setup: Callable  # (dtype, device, generator) -> (xs, ws), the same for every contender
     eager: Callable  # plain PyTorch in any dtype: a contender, and in float64 the truth
     ours: Callable  # backend's name -> function(xs, ws)
     gradient_floor: float = 0.0
+
+    @property
+    def name(self):
+        return "x".join(map(str, self.shape))
 
 
 def normal(shape, dtype, device, generator, scale=1.0):
@@ -113,8 +117,8 @@ def prepare(case, inputs, direction, contender):
         with patience(PATIENCE[device.type], "building it"):
             built = entry.built = contender.build(case, inputs, direction == FORWARD, timed)
             entry.run = timed(built.function)
-            if contender.compiles or device.type == "cuda":
-                entry.run()  # compiling, and cuDNN's search, need memory of their own
+            if contender.compiles or direction == FORWARD or device.type == "cuda":
+                entry.run()  # compiling, cuDNN's search and first calls need memory of their own
         peak, results = machine.peak_memory(entry.run, device)
         entry.peak_memory_bytes = None if built.graphs else peak
         entry.error, entry.problem = _gate(case, inputs, contender, results)
@@ -141,11 +145,12 @@ def _timed(inputs, direction, contender, function):
 
 def _gate(case, inputs, contender, results):
     """(worst error, what is wrong with it or None); only our own contenders are judged."""
-    names = ["output", *(f"gradient {i}" for i in range(len(results) - 1))]
+    leaves = [f"{kind}s[{i}]" for kind in "xw" for i in range(len(getattr(inputs, kind + "s")))]
+    names = ["the result", *(f"the gradient of {leaf}" for leaf in leaves)]
     errors = list(map(relative_l2, results, inputs.truth))
     problem = None
     for name, error, own in zip(names, errors, inputs.eager_errors):
-        floor = 0.0 if name == "output" else case.gradient_floor
+        floor = 0.0 if name == names[0] else case.gradient_floor
         allowed = max(tolerance(inputs.gy.dtype, own), floor)
         if contender.ours and not error <= allowed:
             problem = f"wrong: error of {name} is {error:.1e}, allowed are {allowed:.1e}"
@@ -159,7 +164,8 @@ def measure(case, dtype, device, direction, contenders, seconds, say):
     progress bar.
     """
     start = time.monotonic()
-    say(f"{case.name}: inputs and float64 truth")
+    if direction == DIRECTIONS[0]:
+        say(f"{case.name}: inputs and float64 truth")
     inputs = inputs_of(case, dtype, device)
     entries = []
     for contender in contenders:
@@ -168,7 +174,8 @@ def measure(case, dtype, device, direction, contenders, seconds, say):
     ready = [entry for entry in entries if entry.problem is None]
     left = max(seconds[0] - (time.monotonic() - start), seconds[1])
     say(f"{case.name} {direction}: timing all in turn, about {left:.0f} s")
-    times = interleave([entry.run for entry in ready], device, left, at_least=3) if ready else []
+    least = 10 if device.type == "cuda" else 2
+    times = interleave([entry.run for entry in ready], device, left, least) if ready else []
     timed = {entry.contender.name: summary for entry, summary in zip(ready, times)}
     rows = []
     for entry in entries:

@@ -81,7 +81,7 @@ def set_up_machine(parser, args):
     torch.backends.cudnn.benchmark = True
     # torch.compile says on every machine without a GPU that it has none.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    device = torch.device(args.device)
+    device = torch.device("cuda:0" if args.device == "cuda" else "cpu")
     return device, machine.describe(device, allocator)
 
 

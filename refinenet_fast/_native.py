@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -18,7 +19,7 @@ try:
 except ImportError as error:
     _C, missing = None, f"the compiled core refinenet_fast._C cannot be imported ({error}); run `pip install -e .`"
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType in csrc/common/types.h
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType in csrc/common/arguments.h
 
 
 def build_info() -> dict[str, Any]:
@@ -33,12 +34,26 @@ def build_info() -> dict[str, Any]:
     """
     if _C is None:
         raise RuntimeError(missing)
-    return {**json.loads(_C.build_info_json()), "cpu_isa": _C.cpu_isa()}
+    return {**_built(), "cpu_isa": _C.cpu_isa()}
+
+
+@cache
+def _built() -> dict[str, Any]:
+    return json.loads(_C.build_info_json())
 
 
 def pointer(t: Tensor | None) -> int:
-    """Address of the first element; 0 for None."""
-    return 0 if t is None else t.data_ptr()
+    """Address of the first element; 0 for None.
+
+    Raises:
+        RuntimeError: The tensor has elements but no memory.
+    """
+    if t is None:
+        return 0
+    address = t.data_ptr()
+    if address == 0 and t.numel() > 0:
+        raise RuntimeError(f"expected a tensor with memory of its own, got one of shape {tuple(t.shape)} without")
+    return address
 
 
 def _force_isa_from_environment() -> None:

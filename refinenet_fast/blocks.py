@@ -65,7 +65,7 @@ class MultiResolutionFusion(nn.Module):
         super().__init__()
         self.in_channels = _channels(in_channels, "in_channels")
         check_positive(channels, "channels")
-        self.align_corners = align_corners
+        self.align_corners = check_flag(align_corners, "align_corners")
         self.convs = nn.ModuleList(_conv(c, channels) for c in self.in_channels)
 
     def forward(
@@ -97,7 +97,7 @@ class ChainedResidualPooling(nn.Module):
         check_positive(channels, "channels")
         check_positive(stages, "stages")
         self.order = _check.choice(order, "order", ORDERS)
-        if kernel_size not in (1, 3):
+        if check_positive(kernel_size, "kernel_size") not in (1, 3):
             raise ValueError(f"kernel_size: expected 1 or 3, got {kernel_size!r}")
         self.convs = nn.ModuleList(_conv(channels, channels, kernel_size) for _ in range(stages))
 
@@ -179,10 +179,16 @@ def _units(channels: int, count: int) -> nn.Sequential:
 
 def check_positive(value: Any, argument: str) -> int:
     """``value`` if it is an integer >= 1."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{argument}: expected an integer, got {value!r}")
+    value = _check.integer(value, argument)
     if value < 1:
         raise ValueError(f"{argument}: expected an integer >= 1, got {value}")
+    return value
+
+
+def check_flag(value: Any, argument: str) -> bool:
+    """``value`` if it is a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{argument}: expected a bool, got {value!r}")
     return value
 
 

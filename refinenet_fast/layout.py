@@ -22,7 +22,7 @@ def nhwc(
     PyTorch ignores the strides of dimensions of size 1 and of empty tensors when it asks whether a tensor is
     ``channels_last``; here they are set too, so that every backend returns the same strides.
     """
-    x = x.contiguous(memory_format=torch.channels_last)
+    x = x.resolve_neg().contiguous(memory_format=torch.channels_last)
     strides = nhwc_strides(x.shape)
     return x if x.stride() == strides else x.as_strided(x.shape, strides)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from refinenet_fast.blocks import RefineNetBlock, check_positive
+from refinenet_fast.blocks import RefineNetBlock, check_flag, check_positive
 from refinenet_fast.ops import fuse
 from refinenet_fast.ops._autocast import autocast_dtype
 from refinenet_fast.trunks import create_trunk
@@ -21,6 +21,9 @@ class RefineNet(nn.Module):
     The trunk's maps go through the blocks from the deepest on: {1/32}, {1/16, previous}, {1/8, previous},
     {1/4, previous}. Dropout acts on the two deepest maps and before the classifier, a 3x3 convolution with bias. The
     decoder has no batch norm; its weights start normally distributed with standard deviation 0.01, its biases at 0.
+
+    The trunk's batch norm is ordinary. The paper trains with it frozen, which is for the training loop to do: put
+    ``model.trunk`` back into eval after ``model.train()``.
 
     Args:
         num_classes: Channels of the logits.
@@ -62,7 +65,7 @@ class RefineNet(nn.Module):
             check_positive(value, argument)
         if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout <= 1:
             raise ValueError(f"dropout: expected a probability from 0 to 1, got {dropout!r}")
-        self.upsample = upsample
+        self.upsample = check_flag(upsample, "upsample")
         self.trunk, channels = create_trunk(trunk, pretrained)
         self.blocks = nn.ModuleList()
         previous = None

@@ -20,7 +20,7 @@ struct BilinearAxis {
 };
 
 struct BilinearTaps {
-  int64_t near, far;  // inputs; far == near at the last one
+  int64_t near, far;  // inputs; far == near at the last one, and on an axis that keeps its size: 0 x infinity is NaN
   float weight;       // of far; near has 1 - weight
 };
 
@@ -38,7 +38,7 @@ REFINENET_FAST_BOTH BilinearTaps bilinear_taps(const BilinearAxis& axis, int64_t
   }
   const int64_t near = numerator / denominator;
   const float weight = static_cast<float>(numerator - near * denominator) / static_cast<float>(denominator);
-  return {near, near + 1 < axis.in ? near + 1 : near, weight};
+  return {near, axis.in != axis.out && near + 1 < axis.in ? near + 1 : near, weight};
 }
 
 // The first output whose `near` is `input` or more; `out` if there is none. Solves the formula above for o.
@@ -63,6 +63,7 @@ struct BilinearReaders {
 };
 
 REFINENET_FAST_BOTH BilinearReaders bilinear_readers(const BilinearAxis& axis, int64_t input) {
+  if (axis.in == axis.out) return {input, input + 1};
   return {bilinear_first_output(axis, input - 1), bilinear_first_output(axis, input + 1)};
 }
 

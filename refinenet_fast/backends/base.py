@@ -13,6 +13,7 @@ The kernels (N, C, H, W are always the sizes of a ``channels_last`` tensor):
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -245,8 +246,8 @@ def rotated(
     return weight.flip(2, 3).transpose(0, 1)
 
 
-class VendorConv:
-    """The vendor's convolution (oneDNN, cuDNN), for a backend that has none of its own: a mixin."""
+class VendorConv(Backend):
+    """The vendor's convolution (oneDNN, cuDNN), for a backend that has none of its own."""
 
     def _conv3x3(self, x: Tensor, weight: Tensor, way_in: WayIn, way_out: WayOut, pack: bool) -> Tensor:
         bias = None if way_out.bias is None else way_out.bias.to(x.dtype)
@@ -279,16 +280,27 @@ def _convolution_backward(
 
 
 class _deterministic:
-    """cuDNN's deterministic algorithms only, within the block; nothing for tensors that are not on a GPU."""
+    """cuDNN's deterministic algorithms only, within the block; nothing for tensors that are not on a GPU.
+
+    The setting is the process's: the first of several threads sets it, and the last one out restores it.
+    """
+
+    lock, inside, before = threading.Lock(), 0, False
 
     def __init__(self, x: Tensor) -> None:
         self.on = x.is_cuda
 
     def __enter__(self) -> None:
         if self.on:
-            self.before = torch.backends.cudnn.deterministic
-            torch.backends.cudnn.deterministic = True
+            with self.lock:
+                if _deterministic.inside == 0:
+                    _deterministic.before = torch.backends.cudnn.deterministic
+                    torch.backends.cudnn.deterministic = True
+                _deterministic.inside += 1
 
     def __exit__(self, *_: object) -> None:
         if self.on:
-            torch.backends.cudnn.deterministic = self.before
+            with self.lock:
+                _deterministic.inside -= 1
+                if _deterministic.inside == 0:
+                    torch.backends.cudnn.deterministic = _deterministic.before

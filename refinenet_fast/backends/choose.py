@@ -33,7 +33,7 @@ def _check_name(name: object, argument: str) -> str:
 
 
 # A plain global: Dynamo guards on it, and refuses context variables.
-_forced: str = _check_name(os.environ.get("REFINENET_FAST_BACKEND", "auto"), "REFINENET_FAST_BACKEND")
+_forced: str = _check_name(os.environ.get("REFINENET_FAST_BACKEND") or "auto", "REFINENET_FAST_BACKEND")
 
 
 @dataclass(frozen=True)
@@ -87,17 +87,18 @@ class use_backend:
 
     def __init__(self, name: str) -> None:
         self.name = _check_name(name, "use_backend")
+        self.before: list[str] = []
 
     def __enter__(self) -> None:
         global _forced
-        self.before = _forced
+        self.before.append(_forced)
         _forced = self.name
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         global _forced
-        _forced = self.before
+        _forced = self.before.pop()
 
 
 def resolve(

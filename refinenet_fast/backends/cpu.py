@@ -20,7 +20,7 @@ class Cpu(Native):
     name = "cpu"
     device_type = "cpu"
     dtypes = (torch.float32, torch.bfloat16)
-    fused_out = frozenset({"bias", "relu", "add"})
+    fused_out = frozenset({"bias", "add"})  # not ReLU: oneDNN's turns NaN into 0
 
     def unavailable(self) -> str | None:
         return _native.missing
@@ -44,14 +44,11 @@ class Cpu(Native):
             return torch.ops.mkldnn._reorder_convolution_weight(w, pad, [1, 1], [1, 1], 1, x.shape)
 
         packed = self.packed.get(weight, x.dtype, reorder) if pack else reorder(weight.to(x.dtype))
-        left = way_out.add
-        if left and not way_out.relu:
-            add, left = nhwc(left[0]), left[1:]
-            binary = torch.ops.mkldnn._convolution_pointwise.binary
-            y = binary(x, add, packed, *common, "add", None, None, [], "")
-        else:  # oneDNN's sum comes before its ReLU, ours after
-            y = torch.ops.mkldnn._convolution_pointwise(x, packed, *common, "relu" if way_out.relu else "none", [], "")
-        return self.way_out(nhwc(y), WayOut(add=left))
+        convolve = torch.ops.mkldnn._convolution_pointwise
+        if not way_out.add:
+            return nhwc(convolve(x, packed, *common, "none", [], ""))
+        y = convolve.binary(x, nhwc(way_out.add[0]), packed, *common, "add", None, None, [], "")
+        return self.way_out(nhwc(y), WayOut(add=way_out.add[1:]))
 
 
 def _onednn_runs(x: Tensor) -> bool:

@@ -47,13 +47,16 @@ class Cuda(Native):
 
 
 def _runs_on(arch: str, major: int, minor: int) -> bool:
-    """Whether machine code built for ``arch`` ("80-real", "90a-real") runs on compute capability major.minor.
+    """Whether what was built for ``arch`` ("80-real", "90a-real", "120") runs on compute capability major.minor.
 
-    Code for an "a" architecture runs on that one only; other code on the same major version from its minor on.
+    Code for an "a" architecture runs on that one only; other machine code on the same major version from its minor on;
+    PTX, which anything but "-real" carries, on all later ones.
     """
     number = arch.split("-")[0]
     digits = number.rstrip("af")
-    built_major, built_minor = int(digits[:-1]), int(digits[-1])
+    built = int(digits[:-1]), int(digits[-1])
     if number.endswith("a"):
-        return (major, minor) == (built_major, built_minor)
-    return major == built_major and minor >= built_minor
+        return (major, minor) == built
+    if arch.endswith("-real"):
+        return major == built[0] and minor >= built[1]
+    return (major, minor) >= built

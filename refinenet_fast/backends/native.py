@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from refinenet_fast._native import DTYPES, pointer
-from refinenet_fast.backends.base import Backend, VendorConv
+from refinenet_fast.backends.base import VendorConv
 from refinenet_fast.layout import empty_nhwc, nhwc
 
 
-class Native(VendorConv, Backend):
+class Native(VendorConv):
     """``maxpool5`` and ``bilinear`` from the compiled core; the convolution is still the vendor's."""
 
     device_type: ClassVar[str]
@@ -34,8 +35,15 @@ class Native(VendorConv, Backend):
             return f"needs one of {known}, got {str(dtype).removeprefix('torch.')}"
         return None
 
+    def _take(self, t: Tensor, argument: str) -> Tensor:
+        """``t`` in NHWC memory, if this backend runs it: below here it is an address."""
+        reason = self.can_run(t.device, t.dtype)
+        if reason is not None:
+            raise RuntimeError(f"{argument}: backend {self.name!r} cannot run this: {reason}")
+        return nhwc(t)
+
     def maxpool5(self, x: Tensor, relu: bool = False, argmax: bool = False) -> tuple[Tensor, Tensor | None]:
-        x = nhwc(x)
+        x = self._take(x, "x")
         y = empty_nhwc(x, x.shape)
         which = empty_nhwc(x, x.shape, torch.uint8) if argmax else None
         shape = _pixels(x)
@@ -43,8 +51,9 @@ class Native(VendorConv, Backend):
         return y, which
 
     def maxpool5_backward(self, gy: Tensor, argmax: Tensor, add: Tensor | None = None) -> Tensor:
-        gy, argmax = nhwc(gy), nhwc(argmax)
-        add = None if add is None else nhwc(add)
+        gy = self._take(gy, "gy")
+        argmax = _match(argmax, "argmax", gy, gy.shape, torch.uint8)
+        add = None if add is None else _match(add, "add", gy, gy.shape, gy.dtype)
         gx = empty_nhwc(gy, gy.shape)
         buffers = (pointer(gy), pointer(argmax), pointer(add), pointer(gx))
         self._call("maxpool5_backward", gy, *buffers, *_pixels(gy), DTYPES[gy.dtype])
@@ -58,8 +67,8 @@ class Native(VendorConv, Backend):
         add: Tensor | None = None,
         overwrite_add: bool = False,
     ) -> Tensor:
-        x = nhwc(x)
-        summed = None if add is None else nhwc(add)
+        x = self._take(x, "x")
+        summed = None if add is None else _match(add, "add", x, (*x.shape[:2], *size), x.dtype)
         if overwrite_add and summed is not None:
             y = summed
         else:
@@ -69,13 +78,21 @@ class Native(VendorConv, Backend):
         return y
 
     def bilinear_backward(self, gy: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
-        gy = nhwc(gy)
+        gy = self._take(gy, "gy")
         gx = empty_nhwc(gy, (gy.shape[0], gy.shape[1], *size))
         buffers = (pointer(gy), pointer(gx))
         self._call(
             "bilinear_backward", gy, *buffers, *_pixels(gx), gy.shape[2], gy.shape[3], DTYPES[gy.dtype], align_corners
         )
         return gx
+
+
+def _match(t: Tensor, argument: str, like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """``t`` in NHWC memory, if it has that shape and dtype on the device of ``like``."""
+    if tuple(t.shape) != tuple(shape) or t.dtype != dtype or t.device != like.device:
+        expected, got = f"{tuple(shape)} {dtype} on {like.device}", f"{tuple(t.shape)} {t.dtype} on {t.device}"
+        raise ValueError(f"{argument}: expected {expected}, got {got}")
+    return nhwc(t)
 
 
 def _pixels(x: Tensor) -> tuple[int, int, int, int]:

@@ -39,11 +39,12 @@ class PackedWeights:
         pack: Callable[[Tensor], Tensor],
     ) -> Tensor:
         """``pack(weight.to(dtype))``, from the cache if the same contents were packed before."""
+        weight = weight.resolve_neg()
         dense = weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
         weight = weight if dense else weight.contiguous()
         size = weight.numel() * weight.element_size()
         assert _native._C is not None
-        contents = _native._C.content_hash(weight.data_ptr(), size)
+        contents = _native._C.content_hash(_native.pointer(weight), size)
         key = (contents, weight.shape, weight.stride(), weight.dtype, dtype)
         with self._lock:
             found = self._entries.get(key)
@@ -65,7 +66,7 @@ class PackedWeights:
 
 
 def _capacity_from_environment() -> int:
-    megabytes = os.environ.get(VARIABLE, "1024")
+    megabytes = os.environ.get(VARIABLE) or "1024"
     if not megabytes.isdecimal():
         raise ValueError(f"{VARIABLE}: expected a whole number of megabytes, got {megabytes!r}")
     return int(megabytes) << 20

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from refinenet_fast.backends.base import Backend, VendorConv
+from refinenet_fast.backends.base import VendorConv
 from refinenet_fast.layout import nhwc
 
 
-class Reference(VendorConv, Backend):
+class Reference(VendorConv):
     """Pure PyTorch; its convolution is the vendor's."""
 
     name = "reference"
@@ -114,7 +114,8 @@ def _taps(
         numerator, denominator = ((2 * i + 1) * size_in - size_out).clamp(min=0), 2 * size_out
     near = numerator // denominator
     weight = (numerator - near * denominator).to(like.dtype) / denominator
-    return near, (near + 1).clamp(max=size_in - 1), _along(weight, dim)
+    far = near if size_in == size_out else (near + 1).clamp(max=size_in - 1)  # 0 x infinity would be NaN
+    return near, far, _along(weight, dim)
 
 
 def _bilinear_adjoint(

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
+
+LARGEST = 2**20  # pixels on a side: sizes beyond it overflow PyTorch's strides, or are a mistake
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def tensor(value: Any, argument: str, rank: int) -> Tensor:
     """``value`` if it is a floating tensor of that rank."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{argument}: expected a Tensor, got {type(value).__name__}")
-    if not value.dtype.is_floating_point:
-        raise TypeError(f"{argument}: expected a floating dtype, got {value.dtype}")
+    if value.dtype not in DTYPES:
+        known = ", ".join(str(dtype) for dtype in DTYPES)
+        raise TypeError(f"{argument}: expected a floating dtype, one of {known}, got {value.dtype}")
+    if value.layout != torch.strided or value.is_nested:
+        layout = "nested" if value.is_nested else value.layout
+        raise TypeError(f"{argument}: expected a dense tensor (torch.strided), got a {layout} one")
     if value.dim() != rank:
         raise ValueError(f"{argument}: expected {rank} dimensions, got shape {tuple(value.shape)}")
     return value
@@ -73,9 +81,9 @@ def choice(value: Any, argument: str, known: tuple[str, ...]) -> str:
 
 def sequence(value: Any, argument: str) -> list[Any]:
     """``value`` as a list, if it is a list or tuple and not empty."""
-    if isinstance(value, Tensor) or not isinstance(value, Sequence) or isinstance(value, str):
+    if isinstance(value, Tensor | str) or not isinstance(value, Sequence | torch.nn.ParameterList):
         raise TypeError(f"{argument}: expected a list or tuple, got {type(value).__name__}")
-    if not value:
+    if not len(value):
         raise ValueError(f"{argument}: expected at least one entry, got an empty {type(value).__name__}")
     return list(value)
 
@@ -94,12 +102,19 @@ def size(value: Any, argument: str) -> tuple[int, int]:
     """``value`` if it is a pair (H, W) of positive integers."""
     if isinstance(value, Tensor | str) or not isinstance(value, Sequence) or len(value) != 2:
         raise TypeError(f"{argument}: expected a pair (H, W), got {value!r}")
-    for side in value:
-        if isinstance(side, bool) or not isinstance(side, int | torch.SymInt):
-            raise TypeError(f"{argument}: expected a pair of integers, got {value!r}")
-        if side < 1:
-            raise ValueError(f"{argument}: expected H, W >= 1, got {tuple(value)}")
-    return value[0], value[1]
+    height, width = (integer(side, argument) for side in value)
+    if min(height, width) < 1 or max(height, width) > LARGEST:
+        raise ValueError(f"{argument}: expected H and W from 1 to {LARGEST}, got {tuple(value)}")
+    return height, width
+
+
+def integer(value: Any, argument: str) -> Any:
+    """``value`` if it is an integer, Python's, NumPy's or symbolic; not a bool."""
+    if isinstance(value, torch.SymInt):
+        return value
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{argument}: expected an integer, got {value!r}")
+    return int(value)
 
 
 def same_device_and_dtype(other: Tensor, argument: str, x: Tensor, first: str) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from refinenet_fast import backends
@@ -82,7 +83,9 @@ class HotPath:
         return [grad for grad, need in zip(grads, needs, strict=True) if need and grad is not None]
 
     def _autograd(self, tensors: Tensors, *options: Any) -> Tensor:
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        # Within forward-mode differentiation, too: it raises there, where the op below would drop the tangents.
+        if wanted or forward_ad._current_level >= 0:
             return self._function.apply(len(tensors), *tensors, *options)
         with torch._C._AutoDispatchBelowAutograd():
             return self._infer_op(tensors, *options)
