@@ -80,12 +80,10 @@ def _compile(case, inputs, forward, timed):
     block = _Block(case.eager, inputs.ws)
     if inputs.xs[0].is_cuda:
         return _compile_cuda(block, inputs, timed)
-    if forward:  # freezing packs the weights once instead of at every call: 1.1 to 1.2 times as fast
-        settings = {"options": {"freezing": True}, "dynamic": False}
-    else:
-        # Training cannot freeze. One compilation for every height and width is as fast as one for
-        # each, and each would take a CPU ten seconds; but 2.11 ponders such a backward for minutes.
-        settings = {"dynamic": torch.__version__ >= (2, 15)}
+    # Freezing packs the weights once instead of at every call; training cannot have it. There one
+    # compilation serves every height and width: no slower beyond noise than one for each, which
+    # would take a CPU ten seconds each.
+    settings = {"options": {"freezing": True}, "dynamic": False} if forward else {"dynamic": True}
     compiled = torch.compile(block, **settings)
     return Built(lambda xs, ws: compiled(*xs), _in_words(settings))
 

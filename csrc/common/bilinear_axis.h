@@ -67,9 +67,4 @@ REFINENET_FAST_BOTH BilinearReaders bilinear_readers(const BilinearAxis& axis, i
   return {bilinear_first_output(axis, input - 1), bilinear_first_output(axis, input + 1)};
 }
 
-// The weight with which output o reads `input`, one of its two taps.
-REFINENET_FAST_BOTH float bilinear_weight(const BilinearTaps& taps, int64_t input) {
-  return (taps.near == input ? 1.0f - taps.weight : 0.0f) + (taps.far == input ? taps.weight : 0.0f);
-}
-
 }  // namespace refinenet_fast

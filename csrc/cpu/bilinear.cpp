@@ -53,13 +53,16 @@ void forward(const Bilinear& p, int threads) {
   }
 }
 
-// sum over outputs o that read `input` of weight(o) * from[o * stride]
+// sum over outputs o that read `input` of weight(o) * from[o * stride]; a tap at a time, since at the last input both
+// are the same, and infinity times a weight of 0 is NaN there as it is in PyTorch
 template <class T, class Count>
 Float gather(const BilinearTaps* taps, BilinearReaders readers, int64_t input, const T* from, int64_t stride,
              Count lanes) {
   Float sum{};
   for (int64_t o = readers.begin; o < readers.end; ++o) {
-    sum += splat(bilinear_weight(taps[o], input)) * load(from + o * stride, lanes);
+    const Float value = load(from + o * stride, lanes);
+    if (taps[o].near == input) sum += splat(1 - taps[o].weight) * value;
+    if (taps[o].far == input) sum += splat(taps[o].weight) * value;
   }
   return sum;
 }

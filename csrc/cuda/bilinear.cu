@@ -41,6 +41,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(Bilinear p) {
   store_sum<T, V>(sum, static_cast<T*>(p.y) + flat);
 }
 
+// Taps one at a time: at the last input both are the same, and infinity times a weight of 0 is NaN as in PyTorch.
 // gx at (v, u): the rows that read v summed in each column that reads u, then those columns. Fixed order, no atomics.
 template <class T, int V>
 __global__ void __launch_bounds__(kThreads) backward_kernel(BilinearBackward p) {
@@ -56,12 +57,17 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(BilinearBackward p) 
   for (int64_t x = columns.begin; x < columns.end; ++x) {
     float received[V] = {};
     for (int64_t y = rows.begin; y < rows.end; ++y) {
-      const float weight = bilinear_weight(bilinear_taps(p.rows, y), v);
-      add_weighted<T, V>(received, weight, gy + (y * p.columns.out + x) * channels);
+      const BilinearTaps row = bilinear_taps(p.rows, y);
+      const T* from = gy + (y * p.columns.out + x) * channels;
+      if (row.near == v) add_weighted<T, V>(received, 1 - row.weight, from);
+      if (row.far == v) add_weighted<T, V>(received, row.weight, from);
     }
-    const float weight = bilinear_weight(bilinear_taps(p.columns, x), u);
+    const BilinearTaps column = bilinear_taps(p.columns, x);
 #pragma unroll
-    for (int i = 0; i < V; ++i) sum[i] += weight * received[i];
+    for (int i = 0; i < V; ++i) {
+      if (column.near == u) sum[i] += (1 - column.weight) * received[i];
+      if (column.far == u) sum[i] += column.weight * received[i];
+    }
   }
   store_sum<T, V>(sum, static_cast<T*>(p.gx) + flat);
 }

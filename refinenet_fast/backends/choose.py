@@ -113,8 +113,6 @@ def resolve(
     return _resolve(op, _forced, x.device.type, x.device.index, x.dtype)
 
 
-# A constant to Dynamo: all it depends on is in its arguments, and what it asks (drivers, libraries) cannot be traced.
-@torch.compiler.assume_constant_result
 def _resolve(op: str, forced: str, device_type: str, index: int | None, dtype: torch.dtype) -> str:
     device = torch.device(device_type) if index is None else torch.device(device_type, index)
     if forced != "auto":
@@ -127,6 +125,11 @@ def _resolve(op: str, forced: str, device_type: str, index: int | None, dtype: t
         if backend.proven and backend.can_run(device, dtype) is None:
             return name
     return "reference"
+
+
+# A constant to Dynamo: all it depends on is in its arguments, and what it asks (drivers, libraries) cannot be traced.
+# This is what torch.compiler.assume_constant_result does, after importing Dynamo, which takes seconds.
+_resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def forces_reference() -> bool:

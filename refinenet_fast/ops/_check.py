@@ -102,19 +102,23 @@ def size(value: Any, argument: str) -> tuple[int, int]:
     """``value`` if it is a pair (H, W) of positive integers."""
     if isinstance(value, Tensor | str) or not isinstance(value, Sequence) or len(value) != 2:
         raise TypeError(f"{argument}: expected a pair (H, W), got {value!r}")
+    if not all(_is_integer(side) for side in value):
+        raise TypeError(f"{argument}: expected a pair of integers, got {value!r}")
     height, width = (integer(side, argument) for side in value)
     if min(height, width) < 1 or max(height, width) > LARGEST:
-        raise ValueError(f"{argument}: expected H and W from 1 to {LARGEST}, got {tuple(value)}")
+        raise ValueError(f"{argument}: expected H, W >= 1 and <= {LARGEST}, got {tuple(value)}")
     return height, width
 
 
 def integer(value: Any, argument: str) -> Any:
     """``value`` if it is an integer, Python's, NumPy's or symbolic; not a bool."""
-    if isinstance(value, torch.SymInt):
-        return value
-    if isinstance(value, bool) or not isinstance(value, Integral):
+    if not _is_integer(value):
         raise TypeError(f"{argument}: expected an integer, got {value!r}")
-    return int(value)
+    return value if isinstance(value, torch.SymInt) else int(value)
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, Integral | torch.SymInt) and not isinstance(value, bool)
 
 
 def same_device_and_dtype(other: Tensor, argument: str, x: Tensor, first: str) -> None:

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 
 from refinenet_fast import backends
 from refinenet_fast.layout import empty_nhwc, nhwc
@@ -130,12 +129,24 @@ def _autograd_function(train_op: Any, grads_op: Any) -> type[torch.autograd.Func
             return y
 
         @staticmethod
-        @once_differentiable
         def backward(ctx: Any, gy: Tensor) -> tuple[Any, ...]:
             held = ctx.saved_tensors
             tensors, saved = list(held[: ctx.count]), list(held[ctx.count :])
             needs = list(ctx.needs_input_grad[1 : 1 + ctx.count])
-            grads = iter(grads_op(gy, tensors, saved, needs, *ctx.options))
+            with torch.no_grad():
+                results = grads_op(gy, tensors, saved, needs, *ctx.options)
+            grads = iter(_differentiable_once(results) if torch.is_grad_enabled() else results)
             return None, *(next(grads) if need else None for need in needs), *(None for _ in ctx.options)
 
     return Function
+
+
+def _differentiable_once(grads: list[Tensor]) -> list[Tensor]:
+    """Gradients whose own backward raises: under ``create_graph`` they would pass for constants otherwise.
+
+    ``once_differentiable`` does this only where the upstream gradient requires one itself.
+    """
+    message = "refinenet_fast: gradients of gradients are not implemented"
+    raises = torch._C._functions.DelayedError(message, len(grads))
+    marked: Any = raises(*(grad.detach().requires_grad_() for grad in grads))
+    return [marked] if len(grads) == 1 else list(marked)
