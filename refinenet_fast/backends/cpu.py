@@ -33,7 +33,7 @@ class Cpu(Native):
         self.packed = PackedWeights()
 
     def _conv3x3(self, x: Tensor, weight: Tensor, way_in: WayIn, way_out: WayOut, pack: bool) -> Tensor:
-        if not _onednn_runs(x):
+        if not (pack and _onednn_runs(x)):  # a reorder of its own at every call would cost more than it saves
             y = super()._conv3x3(x, weight, way_in, WayOut(bias=way_out.bias), pack)
             return self.way_out(y, replace(way_out, bias=None))
         x, pad = nhwc(x), [weight.shape[2] // 2] * 2
@@ -43,7 +43,7 @@ class Cpu(Native):
         def reorder(w: Tensor) -> Tensor:
             return torch.ops.mkldnn._reorder_convolution_weight(w, pad, [1, 1], [1, 1], 1, x.shape)
 
-        packed = self.packed.get(weight, x.dtype, reorder) if pack else reorder(weight.to(x.dtype))
+        packed = self.packed.get(weight, x.dtype, reorder)
         convolve = torch.ops.mkldnn._convolution_pointwise
         if not way_out.add:
             return nhwc(convolve(x, packed, *common, "none", [], ""))
