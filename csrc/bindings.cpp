@@ -119,7 +119,8 @@ PYBIND11_MODULE(_C, m) {
   define<Bilinear>(m, REFINENET_FAST_ENTRY(bilinear), bilinear);
   define<BilinearBackward>(m, REFINENET_FAST_ENTRY(bilinear_backward), bilinear_backward);
   m.def(
-      "content_hash", [](Address memory, size_t bytes) { return cpu::content_hash(at<void>(memory), bytes); },
+      "content_hash",
+      [](Address memory, size_t bytes, int threads) { return cpu::content_hash(at<void>(memory), bytes, threads); },
       py::call_guard<py::gil_scoped_release>());
   m.def("cpu_isa", [] { return cpu::kernels().isa; });
   m.def("cpu_isas", cpu_isas);

@@ -2,6 +2,8 @@
 
 #include <cstring>
 
+#include "cpu/kernels.h"
+
 namespace refinenet_fast::cpu {
 namespace {
 
@@ -14,10 +16,7 @@ uint64_t mix(uint64_t state, uint64_t word) {
   return state ^ state >> 32;  // high bits back down: a product never moves them there
 }
 
-}  // namespace
-
-uint64_t content_hash(const void* memory, size_t bytes) {
-  const char* p = static_cast<const char*>(memory);
+uint64_t chunk_hash(const char* p, size_t bytes) {
   uint64_t lanes[kLanes], words[kLanes];
   for (int i = 0; i < kLanes; ++i) lanes[i] = kFinalizer * (i + 1);
   size_t left = bytes;
@@ -30,6 +29,20 @@ uint64_t content_hash(const void* memory, size_t bytes) {
   uint64_t hash = mix(kFinalizer, bytes);
   for (int i = 0; i < kLanes; ++i) hash = mix(hash, mix(lanes[i], words[i]));
   return hash;
+}
+
+}  // namespace
+
+uint64_t content_hash(const void* memory, size_t bytes, int threads) {
+  constexpr size_t kChunk = 128 * 1024;
+  const int64_t chunks = static_cast<int64_t>((bytes + kChunk - 1) / kChunk);
+  uint64_t* hashes = static_cast<uint64_t*>(workspace(chunks * sizeof(uint64_t)));
+#pragma omp parallel for num_threads(threads) if (chunks > 1) schedule(static)
+  for (int64_t i = 0; i < chunks; ++i) {
+    const size_t begin = i * kChunk;
+    hashes[i] = chunk_hash(static_cast<const char*>(memory) + begin, bytes - begin < kChunk ? bytes - begin : kChunk);
+  }
+  return chunk_hash(reinterpret_cast<const char*>(hashes), chunks * sizeof(uint64_t));
 }
 
 }  // namespace refinenet_fast::cpu

@@ -19,7 +19,7 @@ class PackedWeights:
     """A cache of packed weights, the least recently used leaving first.
 
     The key is a 64-bit hash of the contents beside shape, strides and dtype: an address and a version counter miss
-    writes through ``.data`` and NumPy, and addresses come back after a free. Hashing costs 0.02 ms for 256 -> 256.
+    writes through ``.data`` and NumPy, and addresses come back after a free. Hashing reads the weights once.
 
     Args:
         capacity: Bytes kept at most; by default ``REFINENET_FAST_PACKED_MB`` megabytes, 1024 where that is not set
@@ -44,7 +44,7 @@ class PackedWeights:
         weight = weight if dense else weight.contiguous()
         size = weight.numel() * weight.element_size()
         assert _native._C is not None
-        contents = _native._C.content_hash(_native.pointer(weight), size)
+        contents = _native._C.content_hash(_native.pointer(weight), size, torch.get_num_threads())
         key = (contents, weight.shape, weight.stride(), weight.dtype, dtype)
         with self._lock:
             found = self._entries.get(key)
