@@ -66,7 +66,7 @@ def hot_paths(place: Place) -> list[torch.Tensor]:
     return [t for call in some(place, 1) for t in outcomes(call, place.backend)]
 
 
-@pytest.mark.parametrize("function", [kernels_alone, hot_paths])
+@pytest.mark.parametrize("function", ["kernels_alone", "hot_paths", "few_channels"])
 @pytest.mark.parametrize("place", ON_THE_CPU, ids=str)
 def test_the_same_bits_on_one_thread_and_on_several(place, function):
     before = torch.get_num_threads()
@@ -74,11 +74,19 @@ def test_the_same_bits_on_one_thread_and_on_several(place, function):
     try:
         for count in (1, 2, 3, 8):
             torch.set_num_threads(count)
-            results.append(function(place))
+            results.append(globals()[function](place))
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
         assert_same_bits(other, results[0])
+
+
+def few_channels(place: Place) -> list[torch.Tensor]:
+    """Where oneDNN by itself splits sums between threads: few channels, several images."""
+    data = place.data()
+    calls = [crp_call((n, c, 33, 41), data) for n in (1, 3) for c in (1, 3, 4, 8, 9, 16, 32)]
+    calls += [fuse_call([(2, c, 40, 33), (2, 20, 11, 9)], data, [3, 3], k) for c, k in ((3, 64), (17, 8))]
+    return [t for call in calls for t in outcomes(call, place.backend)]
 
 
 ONE_THREAD = """

@@ -251,7 +251,7 @@ class VendorConv(Backend):
 
     def _conv3x3(self, x: Tensor, weight: Tensor, way_in: WayIn, way_out: WayOut, pack: bool) -> Tensor:
         bias = None if way_out.bias is None else way_out.bias.to(x.dtype)
-        with _deterministic(x):
+        with fixed_order(x.device, weight):
             return nhwc(torch.conv2d(x, weight.to(x.dtype), bias, padding=weight.shape[2] // 2))
 
     def conv3x3_input_grad(self, gy: Tensor, weight: Tensor, way_out: WayOut = PLAIN_OUT) -> Tensor:
@@ -274,33 +274,44 @@ def _convolution_backward(
 ) -> Tensor:
     """The vendor's gradient in the input (wanted = 0) or the weight (1)."""
     mask, pad = [wanted == 0, wanted == 1, False], [weight.shape[2] // 2] * 2
-    with _deterministic(gy):
+    with fixed_order(gy.device, weight):
         backward = torch.ops.aten.convolution_backward
         return backward(gy, x, weight.to(gy.dtype), None, [1, 1], pad, [1, 1], False, [0, 0], 1, mask)[wanted]
 
 
-class _deterministic:
-    """cuDNN's deterministic algorithms only, within the block; nothing for tensors that are not on a GPU.
+class fixed_order:
+    """Within the block the vendor's convolution sums in one order, whatever the number of threads.
 
-    The setting is the process's: the first of several threads sets it, and the last one out restores it.
+    On a GPU: cuDNN's deterministic algorithms only. The setting is the process's, so the first of several threads
+    makes it and the last one out restores it. On a CPU: oneDNN gives each thread blocks of channels, and where there
+    are more threads than blocks it splits the sum over pixels between them; so there are no more threads than blocks.
     """
 
+    BLOCK = 16  # channels, of the input and of the output
     lock, inside, before = threading.Lock(), 0, False
 
-    def __init__(self, x: Tensor) -> None:
-        self.on = x.is_cuda
+    def __init__(self, device: torch.device, weight: Tensor) -> None:  # (K, C, R, R)
+        self.cuda = device.type == "cuda"
+        blocks = max(1, (weight.shape[0] // self.BLOCK) * (weight.shape[1] // self.BLOCK))
+        threads = torch.get_num_threads() if device.type == "cpu" else 1
+        self.restore = threads if threads > blocks else None
+        self.blocks = blocks
 
     def __enter__(self) -> None:
-        if self.on:
+        if self.restore:
+            torch.set_num_threads(self.blocks)
+        if self.cuda:
             with self.lock:
-                if _deterministic.inside == 0:
-                    _deterministic.before = torch.backends.cudnn.deterministic
+                if fixed_order.inside == 0:
+                    fixed_order.before = torch.backends.cudnn.deterministic
                     torch.backends.cudnn.deterministic = True
-                _deterministic.inside += 1
+                fixed_order.inside += 1
 
     def __exit__(self, *_: object) -> None:
-        if self.on:
+        if self.restore:
+            torch.set_num_threads(self.restore)
+        if self.cuda:
             with self.lock:
-                _deterministic.inside -= 1
-                if _deterministic.inside == 0:
-                    torch.backends.cudnn.deterministic = _deterministic.before
+                fixed_order.inside -= 1
+                if fixed_order.inside == 0:
+                    torch.backends.cudnn.deterministic = fixed_order.before

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from refinenet_fast import _native
-from refinenet_fast.backends.base import WayIn, WayOut
+from refinenet_fast.backends.base import WayIn, WayOut, fixed_order
 from refinenet_fast.backends.native import Native
 from refinenet_fast.backends.packed import PackedWeights
 from refinenet_fast.layout import nhwc
@@ -45,9 +45,10 @@ class Cpu(Native):
 
         packed = self.packed.get(weight, x.dtype, reorder)
         convolve = torch.ops.mkldnn._convolution_pointwise
-        if not way_out.add:
-            return nhwc(convolve(x, packed, *common, "none", [], ""))
-        y = convolve.binary(x, nhwc(way_out.add[0]), packed, *common, "add", None, None, [], "")
+        with fixed_order(x.device, weight):
+            if not way_out.add:
+                return nhwc(convolve(x, packed, *common, "none", [], ""))
+            y = convolve.binary(x, nhwc(way_out.add[0]), packed, *common, "add", None, None, [], "")
         return self.way_out(nhwc(y), WayOut(add=way_out.add[1:]))
 
 
