@@ -20,6 +20,7 @@ from common import (
     sides,
     sprinkled,
 )
+from refinenet_fast import ops
 from refinenet_fast.testing import Call, Data, eager, fuse_call
 
 sizes = st.tuples(sides, sides)
@@ -77,6 +78,15 @@ def test_non_finite_values_are_pytorchs(place32, seed, kernels):
 def test_an_expanded_gradient_and_the_same_bits_twice(place, corners):
     call = usual(place.data(), corners)
     assert_repeatable(call, place)
+
+
+def test_the_size_is_the_largest_of_the_paths_unless_given(place32):
+    """Height and width may come from different paths."""
+    xs = [place32.data()(1, 3, *size) for size in ((4, 9), (6, 5), (2, 2))]
+    with place32.forced():
+        assert ops.fuse(xs, [None] * 3).shape == (1, 3, 6, 9)
+        assert ops.fuse(xs, [None] * 3, size=(3, 20)).shape == (1, 3, 3, 20)
+        assert_equal(ops.fuse(xs, [None] * 3), ops.fuse(xs, [None] * 3, None, (6, 9), True))
 
 
 def test_one_tensor_on_several_paths(place32):
