@@ -293,7 +293,8 @@ class fixed_order:
     def __init__(self, device: torch.device, weight: Tensor) -> None:  # (K, C, R, R)
         self.cuda = device.type == "cuda"
         blocks = max(1, (weight.shape[0] // self.BLOCK) * (weight.shape[1] // self.BLOCK))
-        threads = torch.get_num_threads() if device.type == "cpu" else 1
+        traced = torch.compiler.is_compiling()  # in an export, which keeps no number of threads
+        threads = torch.get_num_threads() if device.type == "cpu" and not traced else 1
         self.restore = threads if threads > blocks else None
         self.blocks = blocks
 
