@@ -151,7 +151,7 @@ def _gate(case, inputs, contender, results):
     problem = None
     for name, error, own in zip(names, errors, inputs.eager_errors):
         floor = 0.0 if name == names[0] else case.gradient_floor
-        allowed = max(tolerance(inputs.gy.dtype, own), floor)
+        allowed = max(tolerance(inputs.gy.dtype, own, contender.winograd), floor)
         if contender.ours and not error <= allowed:
             problem = f"wrong: error of {name} is {error:.1e}, allowed are {allowed:.1e}"
     return max(errors), problem

@@ -23,6 +23,7 @@ SECTIONS = {
     "crp": "bench_crp.py",
     "rcu": "bench_rcu.py",
     "fusion": "bench_fusion.py",
+    "conv3x3": "bench_conv3x3.py",
     "maxpool5": "bench_maxpool5.py",
     "bilinear": "bench_bilinear.py",
 }

@@ -98,16 +98,59 @@ def test_against_float64(place, shape, out, kernel, way_in, how, seed):
     gy = laid_out(data(n, out, h, w, salt=3), how)
     with unchanged(x, weight, bias, gy), poisoned():
         y = place.kernels.conv3x3(x, weight, way_in, WayOut(bias=bias))
-        gx = place.kernels.conv3x3(gy, rotated(weight))
+        gx = place.kernels.conv3x3_input_grad(gy, weight)
         gw, gb = place.kernels.conv3x3_weight_grad(x, gy, weight, way_in), place.kernels.bias_grad(gy, bias)
-    plain_x = laid_out(data(*shape), how)
+    plain_x, winograd = laid_out(data(*shape), how), place.kernels.winograd
     checks = [
-        compare([y], lambda x, w, b: written_out(x, w, way_in, WayOut(bias=b)), [x, weight, bias]),
-        compare([gx], lambda x: conv(x, weight), [plain_x], gy),
+        compare([y], lambda x, w, b: written_out(x, w, way_in, WayOut(bias=b)), [x, weight, bias], winograd=winograd),
+        compare([gx], lambda x: conv(x, weight), [plain_x], gy, winograd),
         compare([gw, gb], lambda w, b: written_out(x.to(w.dtype), w, way_in, WayOut(bias=b)), [weight, bias], gy),
     ]
     for error, limit in checks:
         assert error <= limit
+
+
+@pytest.mark.parametrize(
+    ("shape", "out"),
+    [((1, 16, 16, 16), 16), ((2, 33, 8, 23), 17), ((1, 40, 1, 300), 70), ((1, 19, 61, 5), 32), ((3, 256, 17, 12), 24)],
+    ids=str,
+)
+@pytest.mark.parametrize("memory", ["contiguous", "channels_last", "transposed", "sliced"])
+def test_many_channels_with_every_step(place32, shape, out, memory):
+    """The sizes from which a backend has better than a direct convolution; weights in any memory."""
+    data, winograd = place32.data(), place32.kernels.winograd
+    x, weight = data(*shape), in_memory(data.weight(out, shape[1], 3, salt=1), memory)
+    steps = way_out_of(set(STEPS), data, shape[0], out, *shape[2:])
+    gy, back = data(shape[0], out, *shape[2:], salt=2), WayOut(select=x, add=(x,))
+    maps = [steps.select, *steps.add, *steps.add_relu, steps.upsample]
+
+    def all_steps(x: Tensor, weight: Tensor, bias: Tensor, mask: Tensor, *adds: Tensor) -> Tensor:
+        way_out = WayOut(bias, True, mask, adds[:2], adds[2:3], adds[3])
+        return written_out(x, weight, WayIn(relu=True), way_out)
+
+    def backward(gy: Tensor, x: Tensor) -> Tensor:
+        gx = torch.nn.functional.conv_transpose2d(gy, weight.to(gy.dtype), padding=1)
+        return torch.where(x > 0, gx, 0) + x
+
+    for pack in (False, True, True):
+        with unchanged(x, weight, gy), poisoned():
+            y = place32.kernels.conv3x3(x, weight, WayIn(relu=True), steps, pack=pack)
+            gx = place32.kernels.conv3x3_input_grad(gy, weight, back)
+        error, limit = compare([y], all_steps, [x, weight, steps.bias, *maps], winograd=winograd)
+        assert error <= limit and y.stride() == nhwc_strides(y.shape)
+        error, limit = compare([gx], backward, [gy, x], winograd=winograd)
+        assert error <= limit and gx.stride() == nhwc_strides(gx.shape)
+
+
+def in_memory(weight: Tensor, memory: str) -> Tensor:
+    """The weight in memory of that kind, perhaps other numbers."""
+    if memory == "channels_last":
+        return weight.contiguous(memory_format=torch.channels_last)
+    if memory == "transposed":
+        return weight.transpose(0, 1).contiguous().transpose(0, 1)
+    if memory == "sliced":  # gaps in memory, for which PyTorch too allocates a dense gradient
+        return weight.repeat(2, 1, 1, 1)[::2]
+    return weight.contiguous()
 
 
 @pytest.mark.parametrize("kernel", [1, 3])
@@ -116,13 +159,7 @@ def test_against_float64(place, shape, out, kernel, way_in, how, seed):
 def test_gradients_have_the_parameters_dtype_and_strides(place, batch, memory, kernel):
     x, gy = place.data()(batch, 6, 5, 4), place.data()(batch, 4, 5, 4, salt=1)
     for dtype in {place.dtype, torch.promote_types(place.dtype, torch.float32)}:
-        weight = torch.randn(4, 6, kernel, kernel, device=place.device).to(dtype)
-        if memory == "channels_last":
-            weight = weight.contiguous(memory_format=torch.channels_last)
-        elif memory == "transposed":
-            weight = weight.transpose(0, 1).contiguous().transpose(0, 1)
-        elif memory == "sliced":  # gaps in memory, for which PyTorch too allocates a dense gradient
-            weight = weight.repeat(2, 1, 1, 1)[::2]
+        weight = in_memory(torch.randn(4, 6, kernel, kernel, device=place.device).to(dtype), memory)
         grad = place.kernels.conv3x3_weight_grad(x, gy, weight)
         like = torch.empty_like(weight)
         assert (grad.dtype, grad.shape, grad.stride()) == (dtype, weight.shape, like.stride())
@@ -138,30 +175,34 @@ def test_a_bias_gradient_is_summed_wide(place):
     assert_equal(grad, torch.full_like(grad, 90 * 90 / 4))
 
 
-def test_non_finite_input_stays_local(place32):
+@pytest.mark.parametrize("channels", [3, 32])
+def test_non_finite_input_stays_local(place32, channels):
     data = place32.data()
-    weight = data.weight(5, 3, 3, salt=1).abs() + 0.1
+    weight = data.weight(channels, channels, 3, salt=1).abs() + 0.1
     for value in (torch.nan, torch.inf, -torch.inf):
-        x = data(2, 3, 40, 44)
+        x = data(2, channels, 40, 44)
         x[0, 1, 3, 4] = value
         finite = place32.kernels.conv3x3(x, weight).isfinite()
         assert not finite[0, :, 2:5, 3:6].any(), "non-finite input has to show"
         assert finite[1].all() and finite[0, :, 20:].all() and finite[0, :, :, 22:].all(), "and only nearby"
 
 
-@pytest.mark.parametrize("kernel", [1, 3])
-def test_large_finite_input_never_gives_nan(place, kernel):
+@pytest.mark.parametrize(("kernel", "out"), [(1, 8), (3, 8), (3, 32)])
+def test_large_finite_input_never_gives_nan(place, kernel, out):
     if place.dtype == torch.float16:
         pytest.skip("float16 ends at 65504")
     data = place.data(integers=True)
-    x, weight = data(1, 64, 9, 11) * 4.9e29, data.weight(8, 64, kernel, salt=1)
-    for y in (place.kernels.conv3x3(x, weight), place.kernels.conv3x3_weight_grad(x, data(1, 8, 9, 11), weight)):
+    x, weight = data(1, 64, 12, 16) * 4.9e29, data.weight(out, 64, kernel, salt=1)
+    gw = place.kernels.conv3x3_weight_grad(x, data(1, out, 12, 16), weight)
+    for y in (place.kernels.conv3x3(x, weight, pack=True), gw):
         assert y.isfinite().all()
 
 
-def test_weights_written_behind_autograds_back_are_noticed(place):
+@pytest.mark.parametrize("channels", [8, 32])
+def test_weights_written_behind_autograds_back_are_noticed(place, channels):
     """A backend may keep packed weights, but neither address nor version counter says that they are unchanged."""
-    x, weight = place.data()(1, 8, 6, 5), torch.nn.Parameter(place.data().weight(8, 8, 3, salt=1))
+    x = place.data()(1, channels, 16, 16)
+    weight = torch.nn.Parameter(place.data().weight(channels, channels, 3, salt=1))
     writes = [
         lambda: weight.data.mul_(2),
         lambda: setattr(weight, "data", -weight.data),
@@ -180,7 +221,7 @@ def test_weights_written_behind_autograds_back_are_noticed(place):
 
 
 def test_the_same_bits_twice(place):
-    x, gy = place.data()(2, 17, 33, 19), place.data()(2, 23, 33, 19, salt=1)
+    x, gy = place.data()(2, 17, 33, 20), place.data()(2, 23, 33, 20, salt=1)
     weight = place.data().weight(23, 17, 3, salt=2)
     way_out = WayOut(bias=place.data()(23, salt=3), relu=True, add=(gy,))
     assert_same_bits(*([place.kernels.conv3x3(x, weight, WayIn(True, True), way_out)] for _ in range(2)))

@@ -36,6 +36,29 @@ struct MaxPool5Backward {
   DType dtype;
 };
 
+// y = the convolution of x, 3x3, stride 1, padding 1, float32, after ReLU where `relu_in`; then, in this order, + bias,
+// ReLU, 0 where select <= 0, + the first `raw_adds` of `add`, + the ReLU of the others.
+struct Conv3x3 {
+  const void* x;           // [N, H, W, C]
+  const float* weights;    // packed for the instruction set in use
+  const float* bias;       // [K] or null
+  const void* select;      // [N, H, W, K] or null
+  const void* const* add;  // each [N, H, W, K]
+  int64_t adds, raw_adds;
+  void* y;      // [N, H, W, K]
+  Shape shape;  // of x
+  int64_t k;
+  bool relu_in, relu_out;
+};
+
+// Weights transformed and packed as an instruction set's conv3x3 reads them.
+struct PackConv3x3 {
+  const float* weight;  // [K, C, 3, 3]
+  int64_t strides[4];   // of the weight, in elements; negative ones turn it
+  float* packed;        // [conv3x3_packed_elements(K, C)]
+  int64_t k, c;
+};
+
 // y = add + x resized from `in` to rows.out x columns.out; y may be add.
 struct Bilinear {
   const void* x;    // [N, h, w, C]

@@ -51,17 +51,27 @@ class WayOut:
 PLAIN_IN, PLAIN_OUT = WayIn(), WayOut()
 
 
+@dataclass(frozen=True)
+class Fused:
+    """The steps, named as the fields of :class:`WayIn` and :class:`WayOut`, that a convolution performs itself."""
+
+    way_in: frozenset[str] = frozenset()
+    way_out: frozenset[str] = frozenset()
+
+
+BIAS_ONLY = Fused(way_out=frozenset({"bias"}))
+
+
 class Backend(ABC):
     """One implementation of the four kernels.
 
-    ``fused_in`` and ``fused_out`` name the fields of :class:`WayIn` and :class:`WayOut` that the backend's own
-    ``_conv3x3`` performs; the others are composed around it here, once for all backends.
+    :meth:`fuses` names the steps on the way in and out that the backend's own ``_conv3x3`` performs; the others are
+    composed around it here, once for all backends.
     """
 
     name: ClassVar[str]
     proven: ClassVar[bool] = True  # False: built, but never executed on its device, so `auto` does not pick it
-    fused_in: ClassVar[frozenset[str]] = frozenset()
-    fused_out: ClassVar[frozenset[str]] = frozenset({"bias"})
+    winograd: ClassVar[bool] = False  # its float32 convolution may be Winograd's, whose error is larger
 
     @abstractmethod
     def unavailable(self) -> str | None:
@@ -73,6 +83,15 @@ class Backend(ABC):
 
     # -- convolution ----------------------------------------------------------------------------------------------
 
+    def fuses(
+        self,
+        x: Tensor,  # (N, C, H, W)
+        weight: Tensor,  # (K, C, 3, 3) or (K, C, 1, 1)
+        pack: bool,
+    ) -> Fused:
+        """Which steps ``_conv3x3`` performs, called with these."""
+        return BIAS_ONLY
+
     @abstractmethod
     def _conv3x3(
         self,
@@ -82,7 +101,7 @@ class Backend(ABC):
         way_out: WayOut,
         pack: bool,
     ) -> Tensor:  # (N, K, H, W)
-        """The convolution with only those ways in and out that ``fused_in`` and ``fused_out`` name."""
+        """The convolution with only those ways in and out that :meth:`fuses` names."""
 
     @abstractmethod
     def _conv3x3_weight_grad(
@@ -106,8 +125,9 @@ class Backend(ABC):
         ``pack`` says that ``weight`` will come again unchanged, as it does in inference: a backend may keep a copy
         of it in a layout of its own.
         """
-        x, way_in = self._compose_in(x, way_in)
-        fused, left = self._split(way_out)
+        fuses = self.fuses(x, weight, pack)
+        x, way_in = self._compose_in(x, way_in, fuses.way_in)
+        fused, left = split(way_out, fuses.way_out)
         return self.way_out(self._conv3x3(x, weight, way_in, fused, pack), left)
 
     def conv3x3_input_grad(
@@ -127,7 +147,7 @@ class Backend(ABC):
         way_in: WayIn = PLAIN_IN,
     ) -> Tensor:  # as weight, in dtype and strides too
         """Gradient of ``conv3x3`` in its weight."""
-        x, _ = self._compose_in(x, way_in, fused=frozenset())
+        x, _ = self._compose_in(x, way_in, frozenset())
         grad = self._conv3x3_weight_grad(x, gy, weight)
         if grad.dtype == weight.dtype and grad.stride() == weight.stride():
             return grad
@@ -142,27 +162,12 @@ class Backend(ABC):
         wide = torch.promote_types(gy.dtype, torch.float32)
         return gy.sum((0, 2, 3), dtype=wide).to(bias.dtype)
 
-    def _compose_in(self, x: Tensor, way_in: WayIn, fused: frozenset[str] | None = None) -> tuple[Tensor, WayIn]:
-        fused = self.fused_in if fused is None else fused
+    def _compose_in(self, x: Tensor, way_in: WayIn, fused: frozenset[str]) -> tuple[Tensor, WayIn]:
         if way_in.pool and "pool" not in fused:
             return self.maxpool5(x, relu=way_in.relu)[0], PLAIN_IN
         if way_in.relu and "relu" not in fused:
             return torch.relu(x), replace(way_in, relu=False)
         return x, way_in
-
-    def _split(self, way_out: WayOut) -> tuple[WayOut, WayOut]:
-        """The longest run of steps, from the first on, that the backend fuses; and the steps that are left."""
-        fused: dict[str, Any] = {}
-        left: dict[str, Any] = {}
-        fusing = True
-        for step in ("bias", "relu", "select", "add", "add_relu", "upsample"):
-            wanted = getattr(way_out, step)
-            if wanted is None or wanted is False or wanted == ():
-                continue
-            fusing = fusing and step in self.fused_out
-            (fused if fusing else left)[step] = wanted
-        corners = way_out.align_corners
-        return WayOut(**fused, align_corners=corners), WayOut(**left, align_corners=corners)
 
     def way_out(
         self,
@@ -229,6 +234,21 @@ class Backend(ABC):
         align_corners: bool,
     ) -> Tensor:  # (N, C, h, w)
         """The adjoint of ``bilinear``: the gradient in its ``x``."""
+
+
+def split(way_out: WayOut, fused_steps: frozenset[str]) -> tuple[WayOut, WayOut]:
+    """The longest run of steps, from the first on, that are fused; and the steps that are left."""
+    fused: dict[str, Any] = {}
+    left: dict[str, Any] = {}
+    fusing = True
+    for step in ("bias", "relu", "select", "add", "add_relu", "upsample"):
+        wanted = getattr(way_out, step)
+        if wanted is None or wanted is False or wanted == ():
+            continue
+        fusing = fusing and step in fused_steps
+        (fused if fusing else left)[step] = wanted
+    corners = way_out.align_corners
+    return WayOut(**fused, align_corners=corners), WayOut(**left, align_corners=corners)
 
 
 def select(

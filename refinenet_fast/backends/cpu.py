@@ -1,4 +1,4 @@
-"""C++ from the compiled core, and oneDNN's convolution with its own ways out and packed weights."""
+"""C++ from the compiled core; where its convolution does not pay, oneDNN's with its own ways out and packed weights."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ import torch
 from torch import Tensor
 
 from refinenet_fast import _native
-from refinenet_fast.backends.base import WayIn, WayOut, fixed_order
+from refinenet_fast.backends import winograd
+from refinenet_fast.backends.base import PLAIN_IN, PLAIN_OUT, Fused, WayIn, WayOut, fixed_order, split
 from refinenet_fast.backends.native import Native
 from refinenet_fast.backends.packed import PackedWeights
 from refinenet_fast.layout import nhwc
+
+ONEDNN_FUSES = Fused(way_out=frozenset({"bias", "add"}))  # not ReLU: oneDNN's turns NaN into 0
 
 
 class Cpu(Native):
@@ -20,7 +23,7 @@ class Cpu(Native):
     name = "cpu"
     device_type = "cpu"
     dtypes = (torch.float32, torch.bfloat16)
-    fused_out = frozenset({"bias", "add"})  # not ReLU: oneDNN's turns NaN into 0
+    winograd = True
 
     def unavailable(self) -> str | None:
         return _native.missing
@@ -32,7 +35,21 @@ class Cpu(Native):
     def __init__(self) -> None:
         self.packed = PackedWeights()
 
+    def fuses(self, x: Tensor, weight: Tensor, pack: bool) -> Fused:
+        return winograd.FUSES if winograd.pays(x, weight.shape[0], weight.shape[2], pack) else ONEDNN_FUSES
+
     def _conv3x3(self, x: Tensor, weight: Tensor, way_in: WayIn, way_out: WayOut, pack: bool) -> Tensor:
+        if winograd.pays(x, weight.shape[0], weight.shape[2], pack):
+            return winograd.convolve(x, weight, way_in, way_out, self.packed if pack else None)
+        return self._onednn(x, weight, way_in, way_out, pack)
+
+    def conv3x3_input_grad(self, gy: Tensor, weight: Tensor, way_out: WayOut = PLAIN_OUT) -> Tensor:
+        if not winograd.pays(gy, weight.shape[1], weight.shape[2], packed=False):
+            return super().conv3x3_input_grad(gy, weight, way_out)
+        fused, left = split(way_out, winograd.FUSES.way_out)
+        return self.way_out(winograd.convolve(gy, weight, PLAIN_IN, fused, packed=None, rotated=True), left)
+
+    def _onednn(self, x: Tensor, weight: Tensor, way_in: WayIn, way_out: WayOut, pack: bool) -> Tensor:
         if not (pack and _onednn_runs(x)):  # a reorder of its own at every call would cost more than it saves
             y = super()._conv3x3(x, weight, way_in, WayOut(bias=way_out.bias), pack)
             return self.way_out(y, replace(way_out, bias=None))
@@ -43,7 +60,7 @@ class Cpu(Native):
         def reorder(w: Tensor) -> Tensor:
             return torch.ops.mkldnn._reorder_convolution_weight(w, pad, [1, 1], [1, 1], 1, x.shape)
 
-        packed = self.packed.get(weight, x.dtype, reorder)
+        packed = self.packed.get(weight, x.dtype, "oneDNN", reorder)
         convolve = torch.ops.mkldnn._convolution_pointwise
         with fixed_order(x.device, weight):
             if not way_out.add:
