@@ -34,7 +34,7 @@ class Contender:
     name: str
     build: Callable[..., Built]
     ours: bool = False  # held against float64 before it is timed
-    winograd: bool = False  # its convolution may be Winograd's, which is allowed a larger error
+    kernels: backends.Backend | None = None  # of ours
     compiles: bool = False  # on its first call
     context: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
 
@@ -59,7 +59,7 @@ def contender(name):
         return Contender(name, _compile, compiles=True)
     build = lambda case, *_: Built(case.ours(name))  # noqa: E731
     context = partial(refinenet_fast.use_backend, name)
-    return Contender(name, build, ours=True, winograd=backends.get(name).winograd, context=context)
+    return Contender(name, build, ours=True, kernels=backends.get(name), context=context)
 
 
 # ---- torch.compile, as strong as a user would make it ---------------------------------------

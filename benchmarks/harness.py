@@ -31,16 +31,17 @@ class Case:
     """
 
     shape: tuple[int, int, int, int]  # (N, C, H, W) of the result
-    work: dict[str, int]  # direction -> FLOPs or bytes
-    unit: str  # "GFLOP/s" or "GB/s"
+    work: dict[str, int]  # direction -> FLOPs, bytes or images
+    unit: str  # "GFLOP/s", "GB/s" or "images/s"
     setup: Callable  # (dtype, device, generator) -> (xs, ws), the same for every contender
     eager: Callable  # plain PyTorch in any dtype: a contender, and in float64 the truth
     ours: Callable  # backend's name -> function(xs, ws)
     gradient_floor: float = 0.0
+    label: str = ""  # what tells it from other cases of its shape
 
     @property
     def name(self):
-        return "x".join(map(str, self.shape))
+        return " ".join([*self.label.split(), "x".join(map(str, self.shape))])
 
 
 def normal(shape, dtype, device, generator, scale=1.0):
@@ -148,10 +149,12 @@ def _gate(case, inputs, contender, results):
     leaves = [f"{kind}s[{i}]" for kind in "xw" for i in range(len(getattr(inputs, kind + "s")))]
     names = ["the result", *(f"the gradient of {leaf}" for leaf in leaves)]
     errors = list(map(relative_l2, results, inputs.truth))
-    problem = None
+    kernels, problem = contender.kernels, None
+    filters = [w for w in inputs.ws if w.dim() == 4]
+    winograd = any(kernels and kernels.is_winograd(x, w) for x in inputs.xs for w in filters)
     for name, error, own in zip(names, errors, inputs.eager_errors):
         floor = 0.0 if name == names[0] else case.gradient_floor
-        allowed = max(tolerance(inputs.gy.dtype, own, contender.winograd), floor)
+        allowed = max(tolerance(inputs.gy.dtype, own, winograd), floor)
         if contender.ours and not error <= allowed:
             problem = f"wrong: error of {name} is {error:.1e}, allowed are {allowed:.1e}"
     return max(errors), problem
@@ -164,8 +167,7 @@ def measure(case, dtype, device, direction, contenders, seconds, say):
     progress bar.
     """
     start = time.monotonic()
-    if direction == DIRECTIONS[0]:
-        say(f"{case.name}: inputs and float64 truth")
+    say(f"{case.name} {direction}: inputs and float64 truth")
     inputs = inputs_of(case, dtype, device)
     entries = []
     for contender in contenders:
@@ -174,7 +176,7 @@ def measure(case, dtype, device, direction, contenders, seconds, say):
     ready = [entry for entry in entries if entry.problem is None]
     left = max(seconds[0] - (time.monotonic() - start), seconds[1])
     say(f"{case.name} {direction}: timing all in turn, about {left:.0f} s")
-    least = 10 if device.type == "cuda" else 2
+    least = 10 if device.type == "cuda" else 3
     times = interleave([entry.run for entry in ready], device, left, least) if ready else []
     timed = {entry.contender.name: summary for entry, summary in zip(ready, times)}
     rows = []
@@ -188,14 +190,15 @@ def measure(case, dtype, device, direction, contenders, seconds, say):
 def _rates(case, direction, time_ms, timed):
     """Times and what follows from them; None throughout for a contender that was not timed."""
     work, eager = case.work[direction], timed.get("eager")
-    giga = work / time_ms.median_ms / 1e6 if time_ms else None
-    flops = case.unit == "GFLOP/s"
+    per_second = work / time_ms.median_ms * 1e3 if time_ms else None
+    giga = per_second and per_second / 1e9
     return {
         "median_ms": time_ms and time_ms.median_ms,
         "p20_ms": time_ms and time_ms.p20_ms,
         "p80_ms": time_ms and time_ms.p80_ms,
         "rounds": time_ms and time_ms.rounds,
         "speedup_vs_eager": eager.median_ms / time_ms.median_ms if time_ms and eager else None,
-        "gflops": giga if flops else None,
-        "gbytes_per_s": None if flops else giga,
+        "gflops": giga if case.unit == "GFLOP/s" else None,
+        "gbytes_per_s": giga if case.unit == "GB/s" else None,
+        "images_per_s": per_second if case.unit == "images/s" else None,
     }

@@ -1,5 +1,5 @@
 // The extension module refinenet_fast._C: kernels on raw pointers, sizes and a stream. Nothing here knows torch;
-// arguments are checked and outputs allocated in Python (refinenet_fast/backends/native.py).
+// arguments are checked and outputs allocated in Python (refinenet_fast/backends/native.py and winograd.py).
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

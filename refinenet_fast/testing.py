@@ -300,13 +300,24 @@ def check_call(call: Call, backend: str) -> Iterator[tuple[str, str, float, floa
     def same_decisions(*tensors: Tensor | None) -> Tensor:
         return eager(call, *tensors, steps=Imposed(call, saved))
 
-    winograd = backends.get(backend).winograd
+    winograd = any(backends.get(backend).is_winograd(x, w) for x, w in _convolutions(call))
     forward = [compare([result], partial(eager, call), call.tensors, winograd=winograd) for result in (y, y_train)]
     yield call.op, "forward", *max(forward)
     yield call.op, "backward", *compare(grads, same_decisions, call.tensors, gy, winograd)
     steps = Imposed(call, saved)
     eager(call, *_each(call.tensors, Tensor.double), steps=steps)
     yield call.op, "decisions", steps.worst, 2 * max(forward)[1]  # both sides of a tie may be off
+
+
+def _convolutions(call: Call) -> list[tuple[Tensor, Tensor]]:
+    """For each convolution of the call a tensor of the size of its result, and its weight."""
+    weights = [t for t in call.tensors if t is not None and t.dim() == 4]
+    if call.op == "fuse":
+        paths = len(call.tensors) // 3
+        return [
+            (x, w) for x, w in zip(call.tensors, call.tensors[paths : 2 * paths]) if x is not None and w is not None
+        ]
+    return [(weights[0], w) for w in weights[1:]]
 
 
 def check_kernels(kernels: Backend, shape: Sequence[int], data: Data) -> Iterator[tuple[str, str, float, float]]:
@@ -327,6 +338,7 @@ def check_kernels(kernels: Backend, shape: Sequence[int], data: Data) -> Iterato
         yield "bilinear", "forward", *compare([y], lambda x, high, f=resized: high + f(x), [x, high])
         yield "bilinear", "backward", *compare([gx], resized, [x], high)
     weight, bias = data.weight(c + 1, c, 3, salt=3), data(c + 1, salt=4)
+    winograd = kernels.is_winograd(x, weight)
     gy, low = data(n, c + 1, h, w, salt=5), data(n, c + 1, (h + 1) // 2, (w + 1) // 2, salt=6)
     with poisoned():
         y = kernels.conv3x3(x, weight, WayIn(relu=True, pool=True), WayOut(bias, True, gy, (gy,), (gy,), low))
@@ -337,8 +349,8 @@ def check_kernels(kernels: Backend, shape: Sequence[int], data: Data) -> Iterato
         y = torch.where(gy > 0, conv(maxpool(x.relu()), weight, bias).relu(), 0)
         return y + gy + gy.relu() + resize(low, (h, w), True)
 
-    yield "conv3x3", "forward", *compare([y], all_steps, [x, weight, bias, gy, low], winograd=kernels.winograd)
-    yield "conv3x3", "backward", *compare([gx], lambda x: conv(x, weight), [x], gy, kernels.winograd)
+    yield "conv3x3", "forward", *compare([y], all_steps, [x, weight, bias, gy, low], winograd=winograd)
+    yield "conv3x3", "backward", *compare([gx], lambda x: conv(x, weight), [x], gy, winograd)
     yield "conv3x3_weight_grad", "backward", *compare([gw], lambda w: conv(x.to(w.dtype).relu(), w), [weight], gy)
 
 

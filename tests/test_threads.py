@@ -14,9 +14,9 @@ ON_THE_CPU = [p for p in PLACES if p.device == "cpu" and p.name in ("float32", "
 
 
 def outcomes(call: Call, backend: str) -> list[torch.Tensor]:
-    """The result, what is saved and all gradients."""
+    """The results of inference and of training, what is saved and all gradients."""
     y, saved = call.train(backend)
-    return [y, *saved, *call.gradients(torch.ones_like(y), saved, backend)]
+    return [call.infer(backend), y, *saved, *call.gradients(torch.ones_like(y), saved, backend)]
 
 
 def some(place: Place, seed: int) -> list[Call]:
@@ -95,8 +95,12 @@ from refinenet_fast.backends import get
 
 torch.set_num_threads(1)
 kernels, x = get("cpu"), torch.randn(1, 64, 96, 96).contiguous(memory_format=torch.channels_last)
+weight = torch.randn(64, 64, 3, 3)
+assert kernels.is_winograd(x, weight)
 
 def work():
+    kernels.conv3x3(x, weight, pack=True)
+    kernels.conv3x3_input_grad(x, weight)
     value, argmax = kernels.maxpool5(x, argmax=True)
     kernels.maxpool5_backward(value, argmax)
     kernels.bilinear_backward(kernels.bilinear(x, (96, 192), True), (96, 96), True)

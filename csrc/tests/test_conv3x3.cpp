@@ -1,4 +1,6 @@
 // conv3x3 against the definition in double precision: every way in and out, and weights turned for the input gradient.
+#include <algorithm>
+
 #include "tests/check.h"
 
 using namespace refinenet_fast;
@@ -57,6 +59,7 @@ struct Problem {
 
 void run_with(const cpu::Kernels& kernels, const Shape& s, int64_t k, int threads) {
   const Problem p(s, k);
+  std::fill_n(static_cast<float*>(cpu::workspace(4 << 20)), 1 << 20, NAN);
   const void* add[] = {p.raw.data(), p.rectified.data()};
   std::vector<float> packed = poisoned(kernels.conv3x3_packed_elements(k, s.c)), y = poisoned(p.raw.size());
   kernels.conv3x3_pack({p.weight.data(), {9 * s.c, 9, 3, 1}, packed.data(), k, s.c}, threads);
@@ -74,6 +77,8 @@ void run_with(const cpu::Kernels& kernels, const Shape& s, int64_t k, int thread
 
 void run(const cpu::Kernels& kernels, const Shape& s, int threads) {
   for (int64_t k : {1, 8, 35}) run_with(kernels, s, k, threads);
+  if (s.c == 256) run_with(kernels, {1, 17, 18, 256}, 35, threads);  // several blocks, the last of them short
+  run_with(kernels, {0, s.h, s.w, s.c}, 8, threads);
 }
 
 }  // namespace

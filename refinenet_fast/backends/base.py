@@ -71,7 +71,6 @@ class Backend(ABC):
 
     name: ClassVar[str]
     proven: ClassVar[bool] = True  # False: built, but never executed on its device, so `auto` does not pick it
-    winograd: ClassVar[bool] = False  # its float32 convolution may be Winograd's, whose error is larger
 
     @abstractmethod
     def unavailable(self) -> str | None:
@@ -82,6 +81,14 @@ class Backend(ABC):
         """None if tensors of this device and dtype can be run, else the reason they cannot."""
 
     # -- convolution ----------------------------------------------------------------------------------------------
+
+    def is_winograd(
+        self,
+        x: Tensor,  # (N, C, H, W); the gradient of its convolution's result will do as well
+        weight: Tensor,  # (K, C, 3, 3) or (K, C, 1, 1)
+    ) -> bool:
+        """Whether this convolution, or its input gradient, may be Winograd's, whose error is larger."""
+        return False
 
     def fuses(
         self,
@@ -267,7 +274,7 @@ def rotated(
 
 
 class VendorConv(Backend):
-    """The vendor's convolution (oneDNN, cuDNN), for a backend that has none of its own."""
+    """The vendor's convolution (oneDNN, cuDNN), for a backend that has none of its own, or not for all shapes."""
 
     def _conv3x3(self, x: Tensor, weight: Tensor, way_in: WayIn, way_out: WayOut, pack: bool) -> Tensor:
         bias = None if way_out.bias is None else way_out.bias.to(x.dtype)

@@ -23,7 +23,9 @@ class Cpu(Native):
     name = "cpu"
     device_type = "cpu"
     dtypes = (torch.float32, torch.bfloat16)
-    winograd = True
+
+    def __init__(self) -> None:
+        self.packed = PackedWeights()
 
     def unavailable(self) -> str | None:
         return _native.missing
@@ -32,19 +34,19 @@ class Cpu(Native):
         assert _native._C is not None
         getattr(_native._C, f"cpu_{function}")(*arguments, torch.get_num_threads())
 
-    def __init__(self) -> None:
-        self.packed = PackedWeights()
+    def is_winograd(self, x: Tensor, weight: Tensor) -> bool:
+        return winograd.pays(x, weight, packed=True)
 
     def fuses(self, x: Tensor, weight: Tensor, pack: bool) -> Fused:
-        return winograd.FUSES if winograd.pays(x, weight.shape[0], weight.shape[2], pack) else ONEDNN_FUSES
+        return winograd.FUSES if winograd.pays(x, weight, pack) else ONEDNN_FUSES
 
     def _conv3x3(self, x: Tensor, weight: Tensor, way_in: WayIn, way_out: WayOut, pack: bool) -> Tensor:
-        if winograd.pays(x, weight.shape[0], weight.shape[2], pack):
+        if winograd.pays(x, weight, pack):
             return winograd.convolve(x, weight, way_in, way_out, self.packed if pack else None)
         return self._onednn(x, weight, way_in, way_out, pack)
 
     def conv3x3_input_grad(self, gy: Tensor, weight: Tensor, way_out: WayOut = PLAIN_OUT) -> Tensor:
-        if not winograd.pays(gy, weight.shape[1], weight.shape[2], packed=False):
+        if not winograd.pays(gy, weight, packed=False):
             return super().conv3x3_input_grad(gy, weight, way_out)
         fused, left = split(way_out, winograd.FUSES.way_out)
         return self.way_out(winograd.convolve(gy, weight, PLAIN_IN, fused, packed=None, rotated=True), left)

@@ -15,7 +15,7 @@ from refinenet_fast.layout import empty_nhwc, nhwc
 
 
 class Native(VendorConv):
-    """``maxpool5`` and ``bilinear`` from the compiled core; the convolution is still the vendor's."""
+    """``maxpool5`` and ``bilinear`` from the compiled core; the convolution is the vendor's unless overridden."""
 
     device_type: ClassVar[str]
     dtypes: ClassVar[tuple[torch.dtype, ...]]
@@ -52,8 +52,8 @@ class Native(VendorConv):
 
     def maxpool5_backward(self, gy: Tensor, argmax: Tensor, add: Tensor | None = None) -> Tensor:
         gy = self._take(gy, "gy")
-        argmax = _match(argmax, "argmax", gy, gy.shape, torch.uint8)
-        add = None if add is None else _match(add, "add", gy, gy.shape, gy.dtype)
+        argmax = match(argmax, "argmax", gy, gy.shape, torch.uint8)
+        add = None if add is None else match(add, "add", gy, gy.shape, gy.dtype)
         gx = empty_nhwc(gy, gy.shape)
         buffers = (pointer(gy), pointer(argmax), pointer(add), pointer(gx))
         self._call("maxpool5_backward", gy, *buffers, *_pixels(gy), DTYPES[gy.dtype])
@@ -68,7 +68,7 @@ class Native(VendorConv):
         overwrite_add: bool = False,
     ) -> Tensor:
         x = self._take(x, "x")
-        summed = None if add is None else _match(add, "add", x, (*x.shape[:2], *size), x.dtype)
+        summed = None if add is None else match(add, "add", x, (*x.shape[:2], *size), x.dtype)
         if overwrite_add and summed is not None:
             y = summed
         else:
@@ -87,7 +87,7 @@ class Native(VendorConv):
         return gx
 
 
-def _match(t: Tensor, argument: str, like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+def match(t: Tensor, argument: str, like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """``t`` in NHWC memory, if it has that shape and dtype on the device of ``like``."""
     if tuple(t.shape) != tuple(shape) or t.dtype != dtype or t.device != like.device:
         expected, got = f"{tuple(shape)} {dtype} on {like.device}", f"{tuple(t.shape)} {t.dtype} on {t.device}"

@@ -60,7 +60,7 @@ class PackedWeights:
         return packed
 
     def _insert(self, key: Hashable, packed: Tensor, size: int) -> None:
-        if key in self._entries:  # another thread was faster
+        if key in self._entries or size > self.capacity:  # another thread was faster; it would push out all others
             return
         self._entries[key] = packed, size
         self.bytes += size

@@ -1,0 +1,185 @@
+"""Winograd's convolution on its own: where it is chosen, sizes and steps for which it would not be, and its cache."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from common import assert_same_bits, run_python
+from refinenet_fast import _native, testing
+from refinenet_fast.backends import WayIn, WayOut, get, winograd
+from refinenet_fast.backends.packed import PackedWeights
+from refinenet_fast.layout import nhwc
+from refinenet_fast.testing import Data, compare, conv
+
+if _native._C is None:
+    pytest.skip(f"{_native.missing}", allow_module_level=True)
+
+STEPS = ("bias", "relu", "select", "add", "add_relu")
+
+
+@pytest.fixture
+def always(monkeypatch):
+    """Every 3x3 convolution in float32, however small."""
+    monkeypatch.setattr(winograd, "FEWEST_CHANNELS", 1)
+    monkeypatch.setattr(winograd, "FEWEST_PIXELS", 0)
+    monkeypatch.setattr(winograd, "FEWEST_PIXELS_UNPACKED", 0)
+    monkeypatch.setattr(winograd, "MOST_PRODUCTS", math.inf)
+
+
+@pytest.fixture(params=list(_native._C.cpu_isas()))
+def isa(request):
+    before = _native._C.cpu_isa()
+    _native._C.cpu_set_isa(request.param)
+    yield request.param
+    _native._C.cpu_set_isa(before)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("channels, side", [(256, 128), (256, 64), (256, 32), (512, 32), (64, 16)])
+def test_it_is_chosen_at_refinenets_shapes(channels, side, packed):
+    x, weight = torch.empty(1, channels, side, side), torch.empty(channels, channels, 3, 3)
+    assert winograd.pays(x, weight, packed)
+    assert not winograd.pays(x.bfloat16(), weight, packed) and not winograd.pays(x.double(), weight, packed)
+    assert not winograd.pays(x, torch.empty(channels, channels, 1, 1), packed)
+    assert not winograd.pays(x[:, :8], torch.empty(channels, 8, 3, 3), packed)
+
+
+def test_512_channels_at_16_are_chosen_for_inference_only():
+    x, weight = torch.empty(1, 512, 16, 16), torch.empty(512, 512, 3, 3)
+    assert winograd.pays(x, weight, packed=True) and not winograd.pays(x, weight, packed=False)
+
+
+@pytest.mark.parametrize("shape", [*testing.ODD, (1, 1, 4, 5), (2, 9, 8, 3), (1, 70, 5, 6), (1, 40, 21, 22)], ids=str)
+def test_any_size(always, isa, shape):
+    for op, direction, error, limit in testing.check_kernels(get("cpu"), shape, Data()):
+        assert error <= limit, f"{op} {direction}: error {error:.3g}, limit {limit:.3g}"
+
+
+@pytest.mark.parametrize("first, second", list(itertools.combinations_with_replacement(STEPS, 2)))
+def test_each_pair_of_steps(always, isa, first, second):
+    data, shape, steps = Data(), (2, 5, 6, 7), {first, second}
+    x, weight, (n, _, h, w), k = data(*shape), data.weight(19, 5, 3, salt=1), shape, 19
+    bias, mask = data(k, salt=2), data(n, k, h, w, salt=3)
+    adds = [data(n, k, h, w, salt=s) for s in (4, 5, 6)]
+    way_out = WayOut(
+        bias=bias if "bias" in steps else None,
+        relu="relu" in steps,
+        select=mask if "select" in steps else None,
+        add=tuple(adds[:2]) if "add" in steps else (),
+        add_relu=tuple(adds[2:]) if "add_relu" in steps else (),
+    )
+
+    def plain(x, weight, bias, mask, *adds):
+        y = conv(x, weight, bias if "bias" in steps else None)
+        y = y.relu() if "relu" in steps else y
+        y = torch.where(mask > 0, y, 0) if "select" in steps else y
+        y = y + adds[0] + adds[1] if "add" in steps else y
+        return y + adds[2].relu() if "add_relu" in steps else y
+
+    assert get("cpu").fuses(x, weight, pack=True) is winograd.FUSES
+    y = get("cpu").conv3x3(x, weight, way_out=way_out, pack=True)
+    error, limit = compare([y], plain, [x, weight, bias, mask, *adds], winograd=True)
+    assert error <= limit
+
+
+def test_more_blocks_panels_and_threads_change_no_bit(always, isa):
+    x, weight = nhwc(Data()(2, 48, 37, 41)), Data().weight(70, 48, 3, salt=1)
+    kernels, threads = get("cpu"), torch.get_num_threads()
+    try:
+        found = []
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            found.append([kernels.conv3x3(x, weight, WayIn(relu=True)), kernels.conv3x3_input_grad(x, weight[:48])])
+    finally:
+        torch.set_num_threads(threads)
+    alone = [kernels.conv3x3(x[:1], weight, WayIn(relu=True)), kernels.conv3x3_input_grad(x[:1], weight[:48])]
+    assert_same_bits([t[:1] for t in found[0]], alone)
+    for other in found[1:]:
+        assert_same_bits(other, found[0])
+
+
+DEFAULTS = """
+import torch
+from refinenet_fast import ops
+from refinenet_fast.backends import winograd
+
+x, w = torch.randn(1, 48, 40, 40), torch.randn(48, 48, 3, 3) / 21
+for default in (torch.float32, torch.bfloat16, torch.float64, torch.float32):
+    torch.set_default_dtype(default)
+    for _ in range(8):
+        y = ops.crp(x, [w, w * (1 + torch.rand(()).float())]).sum()
+        leaf = x.clone().requires_grad_()
+        ops.crp(leaf, [w, w]).sum().backward()
+    assert y.isfinite() and leaf.grad.isfinite().all()
+assert winograd._kept.memory.dtype == torch.float32
+print("done")
+"""
+
+
+def test_the_default_dtype_does_not_matter():
+    done = run_python(DEFAULTS)
+    assert done.stdout.strip() == "done", done.stderr
+
+
+@pytest.mark.parametrize(
+    "change, error, said",
+    [
+        ({"weight": (32, 24, 3, 3)}, ValueError, r"weight: expected \(32, 32, 3, 3\) on cpu, got \(32, 24, 3, 3\)"),
+        ({"bias": (8,)}, ValueError, r"bias: expected \(32,\) on cpu, got \(8,\)"),
+        ({"select": (1, 32, 1, 1)}, ValueError, r"select: expected \(1, 32, 16, 16\) torch.float32"),
+        ({"add": (1, 32, 16, 15)}, ValueError, r"add: expected \(1, 32, 16, 16\) torch.float32"),
+        ({"add_relu": (1, 31, 16, 16)}, ValueError, r"add_relu: expected \(1, 32, 16, 16\) torch.float32"),
+        ({"add": torch.float64}, ValueError, r"add: .*got \(1, 32, 16, 16\) torch.float64"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(change, error, said):
+    shapes = {"weight": (32, 32, 3, 3), "bias": (32,), "select": (1, 32, 16, 16), "add": (1, 32, 16, 16)}
+    shapes["add_relu"] = shapes["add"]
+    tensors = {
+        name: torch.zeros(change[name] if isinstance(change.get(name), tuple) else s) for name, s in shapes.items()
+    }
+    for name, dtype in change.items():
+        tensors[name] = tensors[name].to(dtype) if isinstance(dtype, torch.dtype) else tensors[name]
+    way_out = WayOut(tensors["bias"], True, tensors["select"], (tensors["add"],), (tensors["add_relu"],))
+    with pytest.raises(error, match=said):
+        get("cpu").conv3x3(torch.zeros(1, 32, 16, 16), tensors["weight"], way_out=way_out, pack=True)
+
+
+# -- the cache of packed weights ---------------------------------------------------------------------------------------
+
+
+def test_packed_weights_are_found_again_and_leave_in_their_order():
+    cache, packed = PackedWeights(capacity=3 * 4 * 9), []
+
+    def get_packed(value: float, layout: str = "a") -> torch.Tensor:
+        weight = torch.full((1, 1, 3, 3), value)
+        return cache.get(weight, torch.float32, layout, lambda w: packed.append((value, layout)) or w.clone())
+
+    first = get_packed(1)
+    assert get_packed(1) is first and cache.bytes == 36
+    get_packed(1, "b")
+    get_packed(2)
+    get_packed(1)  # used again: the oldest is now layout b
+    get_packed(3)
+    assert cache.bytes == 108 and packed == [(1, "a"), (1, "b"), (2, "a"), (3, "a")]
+    get_packed(1), get_packed(1, "b")
+    assert packed[4:] == [(1, "b")] and cache.bytes == 108
+
+
+def test_what_is_larger_than_the_cache_pushes_nothing_out():
+    cache = PackedWeights(capacity=100)
+    small, large = torch.zeros(1, 1, 3, 3), torch.zeros(2, 2, 3, 3)
+    kept = cache.get(small, torch.float32, "", torch.clone)
+    assert cache.get(large, torch.float32, "", torch.clone) is not cache.get(large, torch.float32, "", torch.clone)
+    assert cache.get(small, torch.float32, "", torch.clone) is kept and cache.bytes == 36
+
+
+def test_the_environment_sets_the_capacity():
+    code = "from refinenet_fast.backends import get; print(get('cpu').packed.capacity)"
+    assert run_python(code).stdout.strip() == str(2048 << 20)
+    assert run_python(code, REFINENET_FAST_PACKED_MB="7").stdout.strip() == str(7 << 20)
+    assert "REFINENET_FAST_PACKED_MB: expected a whole" in run_python(code, REFINENET_FAST_PACKED_MB="-1").stderr
