@@ -45,6 +45,7 @@ class Spec:
     title: str
     cases: Callable  # args -> the harness.Case of each of args.batch and args.shapes
     shapes: Sequence[tuple[int, int, int]] = SHAPES
+    quick: Sequence[tuple[int, int, int]] = QUICK
     add_options: Callable = lambda parser: None  # more options than all benchmarks have
 
 
@@ -59,6 +60,8 @@ def make_parser(spec):
     parser.add_argument("--contenders", type=names, help="a,b,c; default: all that can run")
     parser.add_argument("--shapes", type=shape_list, help="256x128,512x30x40: channels x size")
     parser.add_argument("--batch", type=batch_list, help="1,8; default: 1, on a GPU 1,8")
+    directions = options.names_from(harness.DIRECTIONS)
+    parser.add_argument("--directions", type=directions, default=harness.DIRECTIONS, help="default: both")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, no compile: a smoke test")
     parser.add_argument("--plot", metavar="FILE.png", type=options.output_file, help="a bar chart")
     return parser
@@ -68,7 +71,7 @@ def fill_in(args, spec):
     """Defaults that depend on other options."""
     cuda = args.device == "cuda"
     args.dtype = args.dtype or ("bfloat16" if cuda else "float32")
-    args.shapes = args.shapes or list(QUICK if args.quick else spec.shapes)
+    args.shapes = args.shapes or list(spec.quick if args.quick else spec.shapes)
     args.batch = args.batch or ([1, 8] if cuda and not args.quick else [1])
     args.seconds = args.seconds or (5 if args.quick else 90)
     return args
@@ -109,7 +112,8 @@ def main(spec):
     cases = spec.cases(args)
     rows = []
     benchmark = {"benchmark": Path(sys.argv[0]).stem, **meta}
-    for found in run(cases, options.DTYPES[args.dtype], device, rivals, args.seconds):
+    steps = [(case, direction) for case in cases for direction in args.directions]
+    for found in run(steps, options.DTYPES[args.dtype], device, rivals, args.seconds):
         rows += [benchmark | row for row in found]
         if args.json:  # after each case, so a run that is cut off keeps what it measured
             options.write_json(args.json, {"rows": rows})
@@ -120,9 +124,8 @@ def main(spec):
     return int(any(row["problem"] and row["contender"] in ours for row in rows))
 
 
-def run(cases, dtype, device, rivals, seconds):
-    """Yields the rows of each case and direction, sharing out what is left of `seconds`."""
-    steps = [(case, direction) for case in cases for direction in harness.DIRECTIONS]
+def run(steps, dtype, device, rivals, seconds):
+    """Yields the rows of each (case, direction), sharing out what is left of `seconds`."""
     end = time.monotonic() + seconds
     columns = (BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
     text = TextColumn("{task.description}")

@@ -33,7 +33,7 @@ def show(title, rows, unit):
 
 def _cells(row):
     time_ms, memory = "not timed", row["peak_memory_bytes"]
-    rate = row["gflops"] or row["gbytes_per_s"]
+    rate = row["gflops"] or row["gbytes_per_s"] or row["images_per_s"]
     if row["median_ms"]:
         median, p20, p80 = (_three_digits(row[k]) for k in ("median_ms", "p20_ms", "p80_ms"))
         time_ms = f"{median} ({p20}–{p80})"
@@ -120,6 +120,7 @@ def _panel(axis, direction, shapes, rows):
 
 
 def _shape_label(shape):
-    """ "8x256x128x128" in two lines."""
-    batch, channels, height, width = shape.split("x")
-    return f"{height}×{width}\n{channels} ch" + (f", batch {batch}" if batch != "1" else "")
+    """ "8x256x128x128", with a label before it or not, in two lines."""
+    label, _, sizes = shape.rpartition(" ")
+    batch, channels, height, width = sizes.split("x")
+    return f"{height}×{width}\n{label or channels + ' ch'}" + (f", batch {batch}" if batch != "1" else "")

@@ -26,6 +26,7 @@ SECTIONS = {
     "conv3x3": "bench_conv3x3.py",
     "maxpool5": "bench_maxpool5.py",
     "bilinear": "bench_bilinear.py",
+    "model": "bench_model.py",
 }
 
 

@@ -56,17 +56,21 @@ class MultiResolutionFusion(nn.Module):
         in_channels: C_i of each path, one or more.
         channels: K, the channels of the result.
         align_corners: As in ``torch.nn.functional.interpolate``.
+        kernel_size: 3, or 1 as in Light-Weight RefineNet.
 
     Raises:
         TypeError, ValueError: An argument is not of this form; names it, what was expected and what came.
     """
 
-    def __init__(self, in_channels: Sequence[int], channels: int, align_corners: bool = True) -> None:
+    def __init__(
+        self, in_channels: Sequence[int], channels: int, align_corners: bool = True, kernel_size: int = 3
+    ) -> None:
         super().__init__()
         self.in_channels = _channels(in_channels, "in_channels")
         check_positive(channels, "channels")
+        check_kernel(kernel_size, "kernel_size")
         self.align_corners = check_flag(align_corners, "align_corners")
-        self.convs = nn.ModuleList(_conv(c, channels) for c in self.in_channels)
+        self.convs = nn.ModuleList(_conv(c, channels, kernel_size) for c in self.in_channels)
 
     def forward(
         self,
@@ -97,8 +101,7 @@ class ChainedResidualPooling(nn.Module):
         check_positive(channels, "channels")
         check_positive(stages, "stages")
         self.order = _check.choice(order, "order", ORDERS)
-        if check_positive(kernel_size, "kernel_size") not in (1, 3):
-            raise ValueError(f"kernel_size: expected 1 or 3, got {kernel_size!r}")
+        check_kernel(kernel_size, "kernel_size")
         self.convs = nn.ModuleList(_conv(channels, channels, kernel_size) for _ in range(stages))
 
     def forward(
@@ -114,8 +117,8 @@ class ChainedResidualPooling(nn.Module):
 class RefineNetBlock(nn.Module):
     """One RefineNet block (section 3.2, figure 3): adapt, fuse, pool, output.
 
-    Every path goes through two residual conv units at its own width; a trunk's map is first brought to the block's
-    width by a 3x3 convolution without bias. A block with a single path has no fusion.
+    Every path goes through residual conv units at its own width; a trunk's map is first brought to the block's width by
+    a convolution without bias. A block with a single path has no fusion.
 
     Args:
         trunk_channels: C_i of the trunk maps that the block reads.
@@ -124,6 +127,10 @@ class RefineNetBlock(nn.Module):
         crp_stages: Stages of chained residual pooling.
         output_units: Residual conv units at the end: 1, and 3 in the last block.
         align_corners: Of the fusion's bilinear upsampling.
+        adaptive_units: Residual conv units of each path: 2, and 0 in Light-Weight RefineNet.
+        kernel_size: Of the adaptive and the fusion's convolutions: 3, and 1 in Light-Weight RefineNet.
+        crp_order, crp_kernel: As ``order`` and ``kernel_size`` of :class:`ChainedResidualPooling`.
+        rcu_bias, rcu_skip: As ``bias`` and ``skip`` of :class:`ResidualConvUnit`.
 
     Raises:
         TypeError, ValueError: An argument is not of this form; names it, what was expected and what came.
@@ -137,20 +144,34 @@ class RefineNetBlock(nn.Module):
         crp_stages: int = 2,
         output_units: int = 1,
         align_corners: bool = True,
+        *,
+        adaptive_units: int = 2,
+        kernel_size: int = 3,
+        crp_order: str = "pool-conv",
+        crp_kernel: int = 3,
+        rcu_bias: tuple[bool, bool] = (True, False),
+        rcu_skip: str = "raw",
     ) -> None:
         super().__init__()
         trunk_channels = _channels(trunk_channels, "trunk_channels")
         previous = [] if previous_channels is None else [check_positive(previous_channels, "previous_channels")]
         check_positive(channels, "channels")
         check_positive(crp_stages, "crp_stages")
-        check_positive(output_units, "output_units")
+        check_count(output_units, "output_units")
+        check_count(adaptive_units, "adaptive_units")
+        check_kernel(kernel_size, "kernel_size")
+
+        def units(width: int, count: int) -> nn.Sequential:
+            return nn.Sequential(*(ResidualConvUnit(width, rcu_bias, rcu_skip) for _ in range(count)))
+
         widths = [channels] * len(trunk_channels) + previous
         self.in_channels = [*trunk_channels, *previous]
-        self.adapt = nn.ModuleList(_conv(c, channels) for c in trunk_channels)
-        self.units = nn.ModuleList(_units(width, 2) for width in widths)
-        self.fusion = MultiResolutionFusion(widths, channels, align_corners) if len(widths) > 1 else None
-        self.pooling = ChainedResidualPooling(channels, crp_stages)
-        self.output = _units(channels, output_units)
+        self.adapt = nn.ModuleList(_conv(c, channels, kernel_size) for c in trunk_channels)
+        self.units = nn.ModuleList(units(width, adaptive_units) for width in widths)
+        several = len(widths) > 1
+        self.fusion = MultiResolutionFusion(widths, channels, align_corners, kernel_size) if several else None
+        self.pooling = ChainedResidualPooling(channels, crp_stages, crp_order, crp_kernel)
+        self.output = units(channels, output_units)
 
     def forward(
         self,
@@ -173,15 +194,26 @@ def _weights(convs: Iterable[Any]) -> list[Tensor]:
     return [conv.weight for conv in convs]
 
 
-def _units(channels: int, count: int) -> nn.Sequential:
-    return nn.Sequential(*(ResidualConvUnit(channels) for _ in range(count)))
-
-
 def check_positive(value: Any, argument: str) -> int:
     """``value`` if it is an integer >= 1."""
     value = _check.integer(value, argument)
     if value < 1:
         raise ValueError(f"{argument}: expected an integer >= 1, got {value}")
+    return value
+
+
+def check_count(value: Any, argument: str) -> int:
+    """``value`` if it is an integer >= 0."""
+    value = _check.integer(value, argument)
+    if value < 0:
+        raise ValueError(f"{argument}: expected an integer >= 0, got {value}")
+    return value
+
+
+def check_kernel(value: Any, argument: str) -> int:
+    """``value`` if it is 1 or 3."""
+    if check_positive(value, argument) not in (1, 3):
+        raise ValueError(f"{argument}: expected 1 or 3, got {value!r}")
     return value
 
 

@@ -7,20 +7,26 @@ from typing import Any
 
 from torch import nn
 
+from refinenet_fast.ops import _check
+
 REDUCTIONS = [4, 8, 16, 32]  # of the four maps, in pixels of the image per pixel of the map
 
 
-def create_trunk(name: str, pretrained: bool = False) -> tuple[nn.Module, list[int]]:
+STRIDES = ("3x3", "1x1")
+
+
+def create_trunk(name: str, pretrained: bool = False, stride: str = "3x3") -> tuple[nn.Module, list[int]]:
     """A trunk and the channels of its maps.
 
     The paper's are ``"resnet50"``, ``"resnet101"`` and ``"resnet152"`` (section 3.1), with 256, 512, 1024 and 2048
-    channels; as timm builds them, a stage's stride is in the 3x3 convolution, as in torchvision's. State dict keys are
-    torchvision's too.
+    channels. State dict keys of ResNets are torchvision's.
 
     Args:
         name: A model of timm's, with a tag for particular weights if wanted (``"resnet50.a1_in1k"``), that has maps at
             1/4, 1/8, 1/16 and 1/32 of the image: ResNets, MobileNets, ConvNeXts and most other convolutional ones.
         pretrained: Load the weights, from the Hugging Face Hub or its cache on this machine.
+        stride: Which convolution of a bottleneck has its stage's stride: ``"3x3"`` (torchvision and timm), or the first
+            ``"1x1"`` (Caffe, and so the paper's trunks).
 
     Returns:
         The module, (N, 3, H, W) -> four maps (N, C_i, ceil(H / r_i), ceil(W / r_i)), r = 4, 8, 16, 32 (some trunks
@@ -29,10 +35,12 @@ def create_trunk(name: str, pretrained: bool = False) -> tuple[nn.Module, list[i
     Raises:
         ImportError: timm is not installed.
         TypeError: ``name`` is not a string.
-        ValueError: timm has no such model (names similar ones), or it has no four such maps.
+        ValueError: timm has no such model (names similar ones), or it has no four such maps; no such ``stride``, or
+            the trunk has no bottlenecks to apply it to.
         RuntimeError: The pretrained weights cannot be had; says what to do.
     """
     timm = _import_timm()
+    _check.choice(stride, "trunk_stride", STRIDES)
     if not isinstance(name, str):
         raise TypeError(f"trunk: expected the name of a timm model, got {name!r}")
     if not timm.is_model(name):
@@ -45,12 +53,27 @@ def create_trunk(name: str, pretrained: bool = False) -> tuple[nn.Module, list[i
     except Exception as error:  # whatever timm, the Hub's client and the network raise
         if not pretrained:
             raise ValueError(_no_maps(name, str(error))) from error
-        create_trunk(name)  # raises if the trunk itself is at fault
+        create_trunk(name, stride=stride)  # raises if the trunk itself is at fault
         raise RuntimeError(_no_weights(name, error)) from error
     reductions, order = net.feature_info.reduction(), getattr(net, "output_fmt", "NCHW")
     if reductions != REDUCTIONS or order != "NCHW":
         raise ValueError(_no_maps(name, f"{_scales(reductions)}, {getattr(order, 'value', order)}"))
+    if stride == "1x1":
+        _stride_first(net, name)
     return net, net.feature_info.channels()
+
+
+def _stride_first(net: nn.Module, name: str) -> None:
+    """Move each stage's stride from the 3x3 convolution of its first bottleneck to the 1x1 before it."""
+    stages = [m for key, m in net.named_children() if key.startswith("layer")]
+    moved = 0
+    for block in (block for stage in stages for block in stage.children()):
+        first, second = getattr(block, "conv1", None), getattr(block, "conv2", None)
+        if isinstance(first, nn.Conv2d) and first.kernel_size == (1, 1) and getattr(second, "stride", None) == (2, 2):
+            first.stride, second.stride = (2, 2), (1, 1)
+            moved += 1
+    if moved != len(REDUCTIONS) - 1:
+        raise ValueError(f"trunk_stride: expected '3x3' for trunk {name!r}, which has no plain bottlenecks, got '1x1'")
 
 
 def _import_timm() -> Any:

@@ -168,7 +168,7 @@ def test_block_compiles_without_graph_breaks():
         (lambda: RefineNetBlock(8, 4), TypeError, "trunk_channels: expected a list or tuple, got int"),
         (lambda: RefineNetBlock([8], 4, 0), ValueError, "previous_channels: expected an integer >= 1, got 0"),
         (lambda: RefineNetBlock([8], 4, crp_stages=0), ValueError, "crp_stages: expected an integer >= 1, got 0"),
-        (lambda: RefineNetBlock([8], 4, output_units=0), ValueError, "output_units: expected an integer >= 1, got 0"),
+        (lambda: RefineNetBlock([8], 4, output_units=-1), ValueError, "output_units: expected an integer >= 0, got -1"),
     ],
 )
 def test_bad_construction(make, error, said):

@@ -1,0 +1,73 @@
+"""Batch norm folded into the convolutions before it, for inference."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def folded(model: Model) -> Model:
+    """A copy of ``model`` in eval mode whose trunks have no batch norm: its scale and shift are in the convolutions.
+
+    Which convolution a batch norm follows is seen by running each trunk once on a small image.
+
+    Raises:
+        ValueError: A batch norm does not follow a convolution; names it.
+    """
+    model = copy.deepcopy(model).eval()
+    trunks: Any = model.trunks
+    for trunk in trunks:
+        before = _convolution_before(trunk)
+        for name, norm in [(n, m) for n, m in trunk.named_modules() if isinstance(m, _BatchNorm)]:
+            if norm not in before:
+                raise ValueError(f"model: expected each batch norm to follow a convolution, {name!r} does not")
+            conv = before[norm]
+            fused = fuse_conv_bn_eval(conv, norm)
+            _replace(trunk, conv, fused)
+            _replace(trunk, norm, _activation_of(norm))
+    return model
+
+
+def _convolution_before(trunk: nn.Module) -> dict[nn.Module, nn.Conv2d]:
+    """For each batch norm the convolution whose result it reads."""
+    made_by: dict[int, tuple[Tensor, nn.Conv2d]] = {}  # with the tensor, so that its address stays its own
+    before: dict[nn.Module, nn.Conv2d] = {}
+
+    def after_convolution(layer: nn.Conv2d, args: tuple[Tensor, ...], y: Tensor) -> None:
+        made_by[id(y)] = y, layer
+
+    def at_norm(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if id(args[0]) in made_by:
+            before[norm] = made_by[id(args[0])][1]
+
+    handles = []
+    for module in trunk.modules():
+        if isinstance(module, nn.Conv2d):
+            handles.append(module.register_forward_hook(after_convolution))
+        elif isinstance(module, _BatchNorm):
+            handles.append(module.register_forward_pre_hook(at_norm))
+    like = next(trunk.parameters())
+    with torch.no_grad():
+        trunk(torch.zeros(1, 3, 64, 64, dtype=like.dtype, device=like.device))
+    for handle in handles:
+        handle.remove()
+    return before
+
+
+def _activation_of(norm: Any) -> nn.Module:
+    """What is left of a batch norm: nothing, or the activation that timm's have built in."""
+    return nn.Sequential(norm.drop, norm.act) if hasattr(norm, "act") else nn.Identity()
+
+
+def _replace(root: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    for parent in root.modules():
+        for name, child in parent.named_children():
+            if child is old:
+                setattr(parent, name, new)
