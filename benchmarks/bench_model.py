@@ -96,7 +96,8 @@ class Network:
     def __call__(self, kind, dtype, device):
         key = (kind, dtype, device)
         if key not in self.built:
-            self.built[key] = self._build(kind, dtype, device)
+            with torch.inference_mode(False):  # it will be trained as well
+                self.built[key] = self._build(kind, dtype, device)
         return self.built[key]
 
     def _build(self, kind, dtype, device):
