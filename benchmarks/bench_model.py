@@ -137,6 +137,7 @@ def case(name, n, c, h, w):
         eager=partial(network.run, "plain"),
         ours=lambda backend: partial(network.run, "ours"),
         gradient_floor=5e-2,
+        patience=10,
     )
 
 

@@ -16,7 +16,8 @@ from timing import GaveUp, Timed, interleave, patience
 FORWARD, TRAINING = "forward", "forward+backward"
 DIRECTIONS = (FORWARD, TRAINING)
 
-PATIENCE = {"cpu": 45, "cuda": 300}  # seconds to build a contender for one case
+# Seconds to build a contender for one case.
+PATIENCE = {"cpu": 45, "cuda": 300}
 _gave_up: set[tuple[str, str]] = set()  # (contender, direction)
 
 
@@ -37,6 +38,7 @@ class Case:
     eager: Callable  # plain PyTorch in any dtype: a contender, and in float64 the truth
     ours: Callable  # backend's name -> function(xs, ws)
     gradient_floor: float = 0.0
+    patience: float = 1.0  # times as many seconds to build a contender as others have
     label: str = ""  # what tells it from other cases of its shape
 
     @property
@@ -115,7 +117,7 @@ def prepare(case, inputs, direction, contender):
         return entry
     timed = functools.partial(_timed, inputs, direction, contender)
     try:
-        with patience(PATIENCE[device.type], "building it"):
+        with patience(case.patience * PATIENCE[device.type], "building it"):
             built = entry.built = contender.build(case, inputs, direction == FORWARD, timed)
             entry.run = timed(built.function)
             if contender.compiles or direction == FORWARD or device.type == "cuda":

@@ -19,8 +19,9 @@ def show(title, rows, unit):
         table.add_column(heading, justify="right", no_wrap=True)
     for (shape, direction), group in groupby(rows, lambda r: (r["shape"], r["direction"])):
         lines = [(row["contender"], *_cells(row)) for row in group]
-        lines += [()] * (2 - len(lines))  # the label takes two
-        for label, line in zip_longest((shape, direction), lines, fillvalue=""):
+        labels = [*shape.split(), direction]
+        lines += [()] * (len(labels) - len(lines))
+        for label, line in zip_longest(labels, lines, fillvalue=""):
             table.add_row(label, *line)
         table.add_row()
     console.print(table)

@@ -129,6 +129,23 @@ static inline void store(T* p, V value, Count count = {}) {
   memcpy(p, &v, lanes_of(count) * sizeof(T));
 }
 
+// A store past the caches, for what is too large to be found there again: it spares reading the line first. `p` is
+// aligned to a vector. fence() before another thread reads it.
+#if defined(__AVX512F__)
+static inline void stream(float* p, Float v) { _mm512_stream_ps(p, (__m512)v); }
+#elif defined(__AVX2__)
+static inline void stream(float* p, Float v) { _mm256_stream_ps(p, (__m256)v); }
+#elif defined(__SSE2__)
+static inline void stream(float* p, Float v) { _mm_stream_ps(p, (__m128)v); }
+#else
+static inline void stream(float* p, Float v) { store(p, v); }
+#endif
+#ifdef __SSE2__
+static inline void fence() { _mm_sfence(); }
+#else
+static inline void fence() {}
+#endif
+
 // body(c, count) for each vector of channels, whole ones first.
 template <class Body>
 static inline void for_channels(int64_t channels, const Body& body) {
