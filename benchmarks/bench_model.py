@@ -29,6 +29,11 @@ NETWORKS = {
     "refinenet152": {"trunk": "resnet152", "crp_stages": 4},
     "light-weight50": {"trunk": "resnet50", "crp_stages": 4, "light_weight": True},
     "light-weight101": {"trunk": "resnet101", "crp_stages": 4, "light_weight": True},
+    "light-weight152": {"trunk": "resnet152", "crp_stages": 4, "light_weight": True},
+    "light-weight-mobilenet": {"trunk": "mobilenetv2_100", "crp_stages": 4, "light_weight": True},
+    "refinenet50-single": {"trunk": "resnet50", "cascades": 1},
+    "refinenet50-2-cascaded": {"trunk": "resnet50", "cascades": 2},
+    "refinenet50-2-scale": {"trunk": "resnet50", "scales": (1.2, 0.6)},
     "tiny": {"trunk": "resnet18", "width": 16, "deep_width": 16},
 }
 CLASSES = 21
@@ -38,6 +43,7 @@ CLASSES = 21
 
 class PlainUnit(ResidualConvUnit):
     def forward(self, x):
+        assert self.skip == "raw"
         return x + self.conv2(F.relu(self.conv1(F.relu(x))))
 
 
@@ -55,6 +61,7 @@ class PlainFusion(MultiResolutionFusion):
 
 class PlainPooling(ChainedResidualPooling):
     def forward(self, x):
+        assert self.order == "pool-conv"
         t = y = F.relu(x)
         for conv in self.convs:
             t = conv(F.max_pool2d(t, 5, stride=1, padding=2))

@@ -19,31 +19,40 @@ def folded(model: Model) -> Model:
     Which convolution a batch norm follows is seen by running each trunk once on a small image.
 
     Raises:
-        ValueError: A batch norm does not follow a convolution; names it.
+        ValueError: A batch norm does not follow a convolution (names it), or folding would change the maps.
     """
-    model = copy.deepcopy(model).eval()
-    trunks: Any = model.trunks
-    for trunk in trunks:
-        before = _convolution_before(trunk)
-        for name, norm in [(n, m) for n, m in trunk.named_modules() if isinstance(m, _BatchNorm)]:
-            if norm not in before:
-                raise ValueError(f"model: expected each batch norm to follow a convolution, {name!r} does not")
-            conv = before[norm]
-            fused = fuse_conv_bn_eval(conv, norm)
-            _replace(trunk, conv, fused)
-            _replace(trunk, norm, _activation_of(norm))
+    with torch.inference_mode(False):
+        model = copy.deepcopy(model).eval()
+        trunks: Any = model.trunks
+        for trunk in trunks:
+            expected, before = _run(trunk)
+            for name, norm in [(n, m) for n, m in trunk.named_modules() if isinstance(m, _BatchNorm)]:
+                if norm not in before or norm.running_mean is None:
+                    raise ValueError(f"model: expected batch norm with statistics after a convolution, {name!r} is not")
+                _replace(trunk, before[norm], fuse_conv_bn_eval(before[norm], norm))
+                _replace(trunk, norm, _activation_of(norm))
+            for got, want in zip(_run(trunk)[0], expected, strict=True):
+                if not torch.allclose(got, want, rtol=1e-2, atol=1e-2 * float(want.abs().max())):
+                    raise ValueError("model: expected a trunk whose convolutions use their weights as they are")
     return model
 
 
-def _convolution_before(trunk: nn.Module) -> dict[nn.Module, nn.Conv2d]:
-    """For each batch norm the convolution whose result it reads."""
+def _run(trunk: nn.Module) -> tuple[list[Tensor], dict[nn.Module, nn.Conv2d]]:
+    """The maps of a small image, and for each batch norm the convolution whose result it reads."""
     made_by: dict[int, tuple[Tensor, nn.Conv2d]] = {}  # with the tensor, so that its address stays its own
     before: dict[nn.Module, nn.Conv2d] = {}
 
-    def after_convolution(layer: nn.Conv2d, args: tuple[Tensor, ...], y: Tensor) -> None:
+    def after_convolution(
+        layer: nn.Conv2d,
+        args: tuple[Tensor, ...],  # (1, C, H, W)
+        y: Tensor,  # (1, K, H', W')
+    ) -> None:
         made_by[id(y)] = y, layer
 
-    def at_norm(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def at_norm(
+        norm: nn.Module,
+        args: tuple[Tensor, ...],  # (1, C, H, W)
+    ) -> None:
         if id(args[0]) in made_by:
             before[norm] = made_by[id(args[0])][1]
 
@@ -54,11 +63,12 @@ def _convolution_before(trunk: nn.Module) -> dict[nn.Module, nn.Conv2d]:
         elif isinstance(module, _BatchNorm):
             handles.append(module.register_forward_pre_hook(at_norm))
     like = next(trunk.parameters())
+    image = torch.linspace(-2, 2, 3 * 64 * 64).sin().view(1, 3, 64, 64).to(like)
     with torch.no_grad():
-        trunk(torch.zeros(1, 3, 64, 64, dtype=like.dtype, device=like.device))
+        maps = trunk(image)
     for handle in handles:
         handle.remove()
-    return before
+    return list(maps), before
 
 
 def _activation_of(norm: Any) -> nn.Module:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from refinenet_fast.blocks import ChainedResidualPooling, MultiResolutionFusion, RefineNetBlock, ResidualConvUnit
+from refinenet_fast.ops import _check
 
 INITS = ("paper", "kaiming")
 
@@ -26,6 +27,7 @@ def initialise(blocks: Iterable[nn.Module], classifier: nn.Conv2d, init: str = "
             stages; 0 for the last convolution of a residual conv unit, which starts as the identity (Goyal et al.,
             2017, section 5.1); 0.01 for the classifier.
     """
+    _check.choice(init, "init", INITS)
     for module in (*(m for block in blocks for m in block.modules()), classifier):
         if isinstance(module, nn.Conv2d):
             nn.init.normal_(module.weight, std=0.01)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from refinenet_fast import folding, published
-from refinenet_fast.blocks import RefineNetBlock, check_count, check_flag, check_positive
+from refinenet_fast.blocks import RefineNetBlock, check_count, check_flag, check_kernel, check_positive
 from refinenet_fast.initialise import INITS, initialise
 from refinenet_fast.ops import _check, fuse
 from refinenet_fast.ops._autocast import autocast_dtype
@@ -31,7 +32,7 @@ class Prediction(NamedTuple):
     """What :meth:`RefineNet.predict` returns."""
 
     classes: Tensor  # (N, H, W) int64
-    probabilities: Tensor  # (N, H, W), of the class that was chosen
+    probabilities: Tensor  # (N, H, W) float32 (float64 for a float64 model), of the class that was chosen
 
 
 class RefineNet(nn.Module):
@@ -57,13 +58,14 @@ class RefineNet(nn.Module):
         head: The classifier's kernel, ``"3x3"`` or ``"1x1"``; it has a bias.
         align_corners: Of the bilinear upsampling inside the blocks.
         dropout: Probability of dropping an activation, in training.
-        freeze_bn: Keep the trunk's batch norm as it is in training: statistics and parameters, whatever ``train()``
-            says. None: where pretrained weights were loaded.
+        freeze_bn: Keep the trunk's batch norm as it is in training: its parameters require no gradient, and the model's
+            ``train()`` leaves it in eval mode. None: where pretrained weights were loaded.
         upsample: True or ``"bilinear"``: logits at the images' size, without aligned corners; ``"bilinear-aligned"``
             with them; ``"bicubic"`` as the original; False: at the last block's size, a quarter of the image's (of the
             largest scale's).
         share_trunk: One trunk for all scales, rather than one with weights of its own for each.
-        trunk_stride: ``"3x3"`` (torchvision, timm), or ``"1x1"`` (Caffe, and so the paper).
+        trunk_stride: ``"3x3"`` (torchvision, timm), or ``"1x1"`` (Caffe, and so the paper; timm's pretrained weights
+            were trained with the other).
         crp_kernel: Of the convolutions in chained residual pooling, 3 or 1; None: 3, and 1 where ``light_weight``.
         init: Of the decoder: ``"paper"`` or ``"kaiming"``, see :func:`refinenet_fast.initialise.initialise`.
 
@@ -116,12 +118,16 @@ class RefineNet(nn.Module):
             ("init", init, INITS),
         ):
             _check.choice(word, argument, known)
-        check_flag(light_weight, "light_weight")
+        check_flag(pretrained, "pretrained")
+        if check_flag(light_weight, "light_weight"):
+            _without_units(rcu_skip=(rcu_skip, "raw"), conv_bias=(conv_bias, "first"))
+        crp_kernel = (1 if light_weight else 3) if crp_kernel is None else check_kernel(crp_kernel, "crp_kernel")
         self.wiring = _wiring(cascades)
         self.scales = _scales(scales, cascades, check_flag(share_trunk, "share_trunk"))
         self.upsample = _upsampling(upsample)
         self.dropout = nn.Dropout(_probability(dropout))
         self.freeze_bn = check_flag(pretrained if freeze_bn is None else freeze_bn, "freeze_bn")
+        self.trunk_name = trunk
         self.trunks = nn.ModuleList()
         for _ in range(1 if share_trunk else len(self.scales)):
             net, channels = create_trunk(trunk, pretrained, trunk_stride)
@@ -142,7 +148,7 @@ class RefineNet(nn.Module):
                     adaptive_units=0 if light_weight else 2,
                     kernel_size=1 if light_weight else 3,
                     crp_order=crp_order,
-                    crp_kernel=crp_kernel or (1 if light_weight else 3),
+                    crp_kernel=crp_kernel,
                     rcu_bias=CONV_BIASES[conv_bias],
                     rcu_skip=rcu_skip,
                 )
@@ -151,7 +157,9 @@ class RefineNet(nn.Module):
         kernel = HEADS[head]
         self.classifier = nn.Conv2d(width, num_classes, kernel, padding=kernel // 2)
         initialise(self.blocks, self.classifier, init)
-        self._apply_freezing()
+        for norm in self._frozen():
+            norm.requires_grad_(False)
+        self.train()
 
     @property
     def trunk(self) -> nn.Module:
@@ -180,14 +188,17 @@ class RefineNet(nn.Module):
 
         Both published layouts are recognised, DrSleep/refinenet-pytorch's and DrSleep/light-weight-refinenet's, also
         wrapped in ``{"segmenter": ...}``, ``{"model": ...}``, ``{"weights": ...}`` or ``{"state_dict": ...}`` and with
-        the prefix ``module.``. Trunk, classes, widths and stages follow from the shapes.
+        the prefix ``module.``. Trunk, classes and widths follow from the shapes; four stages of chained residual
+        pooling and a bias on the first convolution of each residual conv unit are expected, as the published networks
+        have.
 
         Args:
             source: A state dict, or the path of a file: PyTorch's, read with ``weights_only=True``, or
                 ``.safetensors``. Float64 tensors give a float64 network, others a float32 one.
-            **overrides: Of the constructor's arguments, those that the weights do not decide (``upsample=False``, as
-                the published networks are, ``dropout``, ``freeze_bn``, ``align_corners``, ``rcu_skip``,
-                ``trunk_stride``). Batch norm is frozen unless ``freeze_bn=False``.
+            **overrides: Of the constructor's arguments, those that the weights do not decide: ``upsample=False``, as
+                the published networks are, ``dropout``, ``align_corners``, ``rcu_skip``, ``crp_order``,
+                ``trunk_stride``; ``crp_stages`` and ``conv_bias`` where they are others. Batch norm is frozen unless
+                ``freeze_bn=False``.
 
         Raises:
             TypeError: ``source`` or an entry of it is something else.
@@ -195,18 +206,19 @@ class RefineNet(nn.Module):
                 shape (names all of them), or an override contradicts the weights.
         """
         weights = published.read(source)
-        options = published.recognise(weights)
-        for name, value in options.items():
+        decided = published.recognise(weights) | {"pretrained": False, "cascades": 4}
+        for name, value in decided.items():
             if name in overrides and overrides[name] != value:
                 raise ValueError(f"{name}: expected {value!r}, as in the state dict, got {overrides[name]!r}")
-        model = cls(**{"freeze_bn": True, **overrides, **options, "pretrained": False})
+        model = cls(**{"crp_stages": 4, "freeze_bn": True, **overrides, **decided})
         published.load(model, weights)
         return model.eval()
 
     def to_published_state_dict(self) -> dict[str, Tensor]:
         """The weights under the names of the published networks: what :meth:`from_state_dict` reads.
 
-        Conventions that no weights tell (``rcu_skip``, ``align_corners``, ``trunk_stride``) are not in it.
+        Tensors share memory with the model's, as those of ``state_dict()`` do. Conventions that no weights tell
+        (``rcu_skip``, ``crp_order``, ``align_corners``, ``trunk_stride``) are not in it.
 
         Raises:
             ValueError: The published networks have no names for this variant; says why.
@@ -227,20 +239,16 @@ class RefineNet(nn.Module):
     def train(self, mode: bool = True) -> RefineNet:
         """Training or evaluation mode; frozen batch norm stays in evaluation mode."""
         super().train(mode)
-        self._apply_freezing()
+        for norm in self._frozen():
+            norm.eval()
         return self
 
-    def _apply_freezing(self) -> None:
-        if not self.freeze_bn:
-            return
-        for module in self.trunks.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.eval()
-                for p in module.parameters(recurse=False):
-                    p.requires_grad_(False)
+    def _frozen(self) -> list[nn.Module]:
+        modules = self.trunks.modules() if self.freeze_bn else ()
+        return [module for module in modules if isinstance(module, nn.modules.batchnorm._BatchNorm)]
 
     def param_groups(self, lr: float, trunk_scale: float = 0.1, weight_decay: float = 5e-4) -> list[dict[str, Any]]:
-        """Groups for an optimizer: the trunk at ``lr * trunk_scale``, the decoder at ``lr`` (section 4).
+        """Groups for an optimizer: the trunk at ``lr * trunk_scale``, everything else at ``lr`` (section 4).
 
         Parameters that require no gradient, such as those of frozen batch norm, are left out.
 
@@ -249,7 +257,8 @@ class RefineNet(nn.Module):
             >>> optimizer = torch.optim.SGD(model.param_groups(lr=5e-4), momentum=0.9)
         """
         trunk = [p for p in self.trunks.parameters() if p.requires_grad]
-        decoder = [p for part in (self.blocks, self.classifier) for p in part.parameters() if p.requires_grad]
+        in_trunk = {id(p) for p in self.trunks.parameters()}
+        decoder = [p for p in self.parameters() if p.requires_grad and id(p) not in in_trunk]
         groups = [("trunk", trunk, lr * trunk_scale), ("decoder", decoder, lr)]
         return [{"name": n, "params": ps, "lr": rate, "weight_decay": weight_decay} for n, ps, rate in groups if ps]
 
@@ -262,7 +271,8 @@ class RefineNet(nn.Module):
         """Logits, in ``channels_last`` memory.
 
         Args:
-            images: Of any size from one pixel up, in any memory layout, normalised as the trunk's training images were
+            images: Of any size from one pixel up (with ResNets and MobileNets; some trunks need more), in any memory
+                layout, normalised as the trunk's training images were
                 (for timm's ResNets by ImageNet's mean and standard deviation per channel); of the model's dtype, or of
                 one that autocast casts.
 
@@ -279,14 +289,14 @@ class RefineNet(nn.Module):
     ) -> Prediction:
         """The most probable class of every pixel and its probability, at the images' size; as in eval mode.
 
-        The same as ``model(images).softmax(1).max(1)``, some classes at a time: full-size logits of all classes, which
-        at 150 classes and 1024x2048 pixels are 1.3 GB an image, are never held at once.
+        The same as ``model(images).float().softmax(1).max(1)``, some classes at a time: full-size logits of all
+        classes, which at 150 classes and 1024x2048 pixels are 1.3 GB an image, are never held at once.
 
         Args:
             images: As in :meth:`forward`.
         """
         training = [module for module in self.modules() if module.training]
-        self.eval()
+        super().train(False)
         try:
             logits = self._small_logits(images)
         finally:
@@ -294,7 +304,10 @@ class RefineNet(nn.Module):
                 module.training = True
         return _most_probable(logits, lambda some: self._resize(some, images))
 
-    def _small_logits(self, images: Tensor) -> Tensor:  # -> (N, num_classes, H / 4, W / 4)
+    def _small_logits(
+        self,
+        images: Tensor,  # (N, 3, H, W)
+    ) -> Tensor:  # (N, num_classes, H / 4, W / 4)
         self._check_images(images)
         maps = [self._features(k, scale, images) for k, scale in enumerate(self.scales)]
         y: Tensor | None = None
@@ -303,22 +316,35 @@ class RefineNet(nn.Module):
             y = block(paths if y is None else [*paths, y])
         return self.classifier(self.dropout(y))
 
-    def _features(self, k: int, scale: float, images: Tensor) -> list[Tensor]:
+    def _features(
+        self,
+        k: int,
+        scale: float,
+        images: Tensor,  # (N, 3, H, W)
+    ) -> list[Tensor]:  # each (N, C_i, scale * H / r_i, scale * W / r_i), r = 4, 8, 16, 32
         """The four maps of the image at the k-th scale, dropout on the two deepest."""
         if scale != 1:
-            size = [max(1, math.floor(side * scale + 0.5)) for side in images.shape[2:]]
+            up, down = Fraction(scale).limit_denominator(1000).as_integer_ratio()  # for sizes that are symbols
+            size = [max(1, (2 * side * up + down) // (2 * down)) for side in images.shape[2:]]
             images = F.interpolate(images, size, mode="bilinear", align_corners=False)
         trunk = self.trunks[k if len(self.trunks) > 1 else 0]
         features = trunk(images.contiguous(memory_format=torch.channels_last))
         return [*features[:2], self.dropout(features[2]), self.dropout(features[3])]
 
-    def _resize(self, logits: Tensor, images: Tensor) -> Tensor:  # (N, K, h, w) -> (N, K, H, W)
+    def _resize(
+        self,
+        logits: Tensor,  # (N, K, h, w)
+        images: Tensor,  # (N, 3, H, W)
+    ) -> Tensor:  # (N, K, H, W)
         size = (images.shape[2], images.shape[3])
         if self.upsample == "bicubic":
             return F.interpolate(logits, size, mode="bicubic", align_corners=False)
         return fuse([logits], [None], size=size, align_corners=self.upsample == "bilinear-aligned")
 
-    def _check_images(self, images: Tensor) -> None:
+    def _check_images(
+        self,
+        images: Tensor,  # (N, 3, H, W)
+    ) -> None:
         if not isinstance(images, Tensor):
             raise TypeError(f"images: expected a Tensor, got {type(images).__name__}")
         if images.dim() != 4 or images.shape[1] != 3 or images.shape[2] < 1 or images.shape[3] < 1:
@@ -332,22 +358,35 @@ class RefineNet(nn.Module):
 
 def _most_probable(
     logits: Tensor,  # (N, K, h, w)
-    resize: Any,  # (N, k, h, w) -> (N, k, H, W)
+    resize: Callable[[Tensor], Tensor],  # (N, k, h, w) -> (N, k, H, W)
 ) -> Prediction:
     """Softmax and its maximum over resized logits, a few classes at a time."""
     few = max(1, min(8, logits.shape[1] // 4))
+    wide = torch.promote_types(logits.dtype, torch.float32)
     best = classes = total = None
     for first in range(0, logits.shape[1], few):
-        some = resize(logits[:, first : first + few]).float()
+        some = resize(logits[:, first : first + few]).to(wide)
         value, index = some.max(1)
+        higher = value if best is None else torch.maximum(best, value)
+        level = torch.where(higher == -math.inf, 0, higher)  # of classes that are ruled out, so far all
+        here = torch.exp(some - level[:, None]).sum(1)
         if best is None:
-            best, classes, total = value, index, torch.exp(some - value[:, None]).sum(1)
-            continue
-        higher = torch.maximum(best, value)
-        total = total * torch.exp(best - higher) + torch.exp(some - higher[:, None]).sum(1)
-        classes = torch.where(value > best, index + first, classes)
+            classes, total = index, here
+        else:
+            classes = torch.where(value > best, index + first, classes)
+            total = total * torch.exp(best - level) + here
         best = higher
-    return Prediction(classes, 1 / total)
+    probabilities = torch.where(best == -math.inf, math.nan, 1 / total)
+    return Prediction(torch.where(probabilities.isnan(), 0, classes), probabilities)
+
+
+def _without_units(**arguments: tuple[Any, Any]) -> None:
+    """Raise where an argument says something about residual conv units, which a light-weight network has not."""
+    for argument, (value, default) in arguments.items():
+        if value != default:
+            raise ValueError(
+                f"{argument}: expected {default!r} where light_weight, without residual conv units, got {value!r}"
+            )
 
 
 def _wiring(cascades: Any) -> tuple[tuple[int, ...], ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,8 @@ def read(source: str | Path | Mapping[str, Any]) -> dict[str, Tensor]:
     """The state dict in ``source``, unwrapped and without ``module.`` prefixes.
 
     Raises:
-        TypeError: ``source`` is something else, or has an entry that is no tensor.
+        TypeError: ``source`` is something else, or has an entry that is no floating tensor.
+        ValueError: Two keys differ by the prefix alone.
     """
     content: Any = source
     if isinstance(source, str | Path):
@@ -42,11 +43,21 @@ def read(source: str | Path | Mapping[str, Any]) -> dict[str, Tensor]:
         raise TypeError(f"source: expected a state dict or the path of one, got {type(content).__name__}")
     while wrapper := next((w for w in WRAPPERS if isinstance(content.get(w), Mapping)), None):
         content = content[wrapper]
-    entries = {str(key).removeprefix("module."): value for key, value in content.items()}
-    for key, value in entries.items():
+    entries: dict[str, Tensor] = {}
+    for given, value in content.items():
+        key = str(given).removeprefix("module.")
         if not isinstance(value, Tensor):
             raise TypeError(f"source: expected tensors, got {type(value).__name__} for key {key!r}")
+        if not (value.dtype.is_floating_point or _counts(key)) or value.is_meta:
+            raise TypeError(f"source: expected floating tensors with data, got {value.dtype} for key {key!r}")
+        if key in entries:
+            raise ValueError(f"source: expected each key once, got {key!r} with the prefix 'module.' and without")
+        entries[key] = value
     return entries
+
+
+def _counts(key: str) -> bool:
+    return key.endswith("num_batches_tracked")
 
 
 def _read_file(path: Path) -> Any:
@@ -58,53 +69,49 @@ def _read_file(path: Path) -> Any:
 
 
 def recognise(weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Arguments of ``RefineNet`` for the network that has these weights.
+    """Arguments of ``RefineNet`` that these weights decide.
 
     What is missing or damaged is taken from the entries that are not, so that :func:`load` can name it.
 
     Raises:
         ValueError: It is no published state dict; says what it looks like.
     """
-    pools = [f"mflow_conv_g{n}_pool.0.{k}_outvar_dimred.weight" for n in STAGES for k in range(1, 9)]
+    pools = [f"mflow_conv_g{n}_pool.0.{k}_outvar_dimred.weight" for n in STAGES for k in STAGES]
+    deep, wide = pools[: len(STAGES)], pools[len(STAGES) :]
     adaptive = [f"p_ims1d2_outl{n}_dimred.weight" for n in STAGES]
-    units = [key for key in weights if re.fullmatch(r"(adapt_stage|mflow_conv_g)\d_b\.0\.\d_conv.*", key)]
+    joint = [f"adapt_stage{n}_b2_joint_varout_dimred.weight" for n in STAGES[1:]]
     if not any(key in weights for key in (*pools, *adaptive)):
         raise ValueError(f"source: expected a state dict of RefineNet, {EXPECTED}, got {_looks_like(weights)}")
-    firsts = [key for key in units if key.endswith("_conv.bias")]
-    seconds = [key for key in units if key.endswith("varout_dimred.bias")]
-    stages = Counter(key.split("_pool")[0] for key in pools if key in weights).values()
+
+    def usual(keys: Iterable[str], dimension: int, otherwise: int) -> int:
+        """The size of most of these entries."""
+        found = Counter(weights[key].shape[dimension] for key in keys if key in weights and weights[key].dim() == 4)
+        return found.most_common(1)[0][0] if found else otherwise
+
+    bias = weights.get("clf_conv.bias")
+    classes = bias.shape[0] if bias is not None and bias.dim() == 1 else 21
     return {
-        "num_classes": _usual(weights, ["clf_conv.bias", "clf_conv.weight"], lambda w: w.shape[0], 21),
+        "num_classes": usual(["clf_conv.weight"], 0, classes),
         "trunk": _trunk(weights),
-        "cascades": 4,
-        "scales": (1.0,),
-        "crp_stages": Counter(stages).most_common(1)[0][0] if stages else 4,
-        "width": _usual(weights, [*pools[8:], *adaptive[1:]], lambda w: w.shape[0], 256),
-        "deep_width": _usual(weights, [*pools[:8], *adaptive[:1]], lambda w: w.shape[0], 512),
-        "light_weight": not units,
-        "conv_bias": "none" if units and not firsts else "both" if seconds else "first",
-        "crp_kernel": _usual(weights, pools, lambda w: w.shape[-1], 3),
-        "head": "1x1" if _usual(weights, ["clf_conv.weight"], lambda w: w.shape[-1], 3) == 1 else "3x3",
+        "width": usual([*wide, *adaptive[1:]], 0, 256),
+        "deep_width": usual([*deep, *adaptive[:1]], 0, 512),
+        "light_weight": usual([*adaptive, *joint], 3, 3) == 1,
+        "head": "1x1" if usual(["clf_conv.weight"], 3, 3) == 1 else "3x3",
     }
 
 
-def _usual(weights: Mapping[str, Tensor], keys: Iterable[str], of: Callable[[Tensor], int], otherwise: int) -> int:
-    """What most of these entries have."""
-    found = Counter(of(weights[key]) for key in keys if key in weights and weights[key].dim() > 0)
-    return found.most_common(1)[0][0] if found else otherwise
-
-
 def _trunk(weights: Mapping[str, Tensor]) -> str:
-    blocks = [
-        1 + max((int(m[1]) for key in weights if (m := re.match(rf"layer{n}\.(\d+)\.", key))), default=-1)
-        for n in STAGES
-    ]
-    bottleneck = any(re.match(r"layer\d\.\d+\.conv3\.", key) for key in weights)
-    trunk = TRUNKS.get((blocks[0], blocks[1], blocks[2], blocks[3], bottleneck))
-    if trunk is None:
-        known = ", ".join(TRUNKS.values())
-        raise ValueError(f"source: expected the trunk of one of {known}, got one with {blocks} blocks in its stages")
-    return trunk
+    """The ResNet that has the most residual blocks in common with these."""
+    found = {tuple(map(int, m.groups())) for key in weights if (m := re.match(r"layer(\d)\.(\d+)\.", key))}
+    if not found:
+        raise ValueError(f"source: expected the trunk of one of {', '.join(TRUNKS.values())}, got no residual blocks")
+    bottlenecks = sum(f"layer{n}.{i}.conv3.weight" in weights for n, i in found)
+
+    def differing(blocks: tuple[int, int, int, int, bool]) -> int:
+        return len(found ^ {(n, i) for n in STAGES for i in range(blocks[n - 1])})
+
+    alike = [blocks for blocks in TRUNKS if blocks[4] == (2 * bottlenecks > len(found))]
+    return TRUNKS[min(alike, key=differing)]
 
 
 def _looks_like(weights: Mapping[str, Tensor]) -> str:
@@ -157,13 +164,12 @@ def _unnamed(model: Any) -> str | None:
     """Why the published networks have no names for ``model``, or None."""
     if len(model.blocks) != len(STAGES):
         return f"{len(model.blocks)} cascades"
-    if len(model.scales) > 1:
+    if model.scales != (1.0,):
         return f"scales {model.scales}"
-    keys = model.trunk.state_dict().keys()
-    if "conv1.bias" in keys:
+    if "conv1.bias" in model.trunk.state_dict():
         return "a trunk with its batch norm folded"
-    if "layer4.0.conv1.weight" not in keys:
-        return "another trunk"
+    if model.trunk_name not in TRUNKS.values():
+        return f"trunk {model.trunk_name!r}"
     return None
 
 
@@ -185,6 +191,6 @@ def load(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         raise ValueError(
             f"source: expected {EXPECTED}, and got {len(problems)} keys that differ: {'; '.join(problems)}"
         )
-    if any(w.dtype == torch.float64 for w in weights.values()):
+    if any(w.dtype == torch.float64 for key, w in weights.items() if not _counts(key)):
         model.double()
     model.load_state_dict({ours: weights[theirs] for theirs, ours in pairs.items()})

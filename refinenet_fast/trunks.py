@@ -97,5 +97,6 @@ def _no_weights(name: str, error: Exception) -> str:
     return (
         f"pretrained: expected to download the weights of trunk {name!r} or find them in the Hugging Face cache, got "
         f"{reason}. Without a network, either fill the cache on a machine that has one and copy it (its folder is "
-        "named by HF_HOME), or pass pretrained=False and load a state dict into `model.trunk`."
+        "named by HF_HOME; HF_HUB_OFFLINE=1 spares the attempts to connect), or pass pretrained=False and load a state "
+        "dict into `model.trunk`."
     )

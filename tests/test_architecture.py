@@ -43,6 +43,9 @@ def test_every_file_that_the_page_names_exists():
     assert len(links) > 20
     for link in links:
         assert (PAGE.parent / link).is_file(), link
+    for folder in ("ops/", "backends/", "kernels/", "csrc/cpu", "csrc/cuda"):
+        assert folder in PAGE.read_text().split("flowchart TB")[1].split("```")[0]
+        assert any(root.joinpath(folder).is_dir() for root in (ROOT, PACKAGE)), folder
     for label, link in re.findall(r"\[([\w/.]+)\]\(([^)#]+)\)", PAGE.read_text()):
         assert link.endswith(label), f"{label} links to {link}"
 

@@ -74,7 +74,7 @@ def snippet() -> str:
     if not README.exists():
         pytest.skip("README.md is not beside the tests")
     (code,) = re.findall(r"```python\n([^`]*loss\.backward\(\)[^`]*)```", README.read_text())
-    small = 'trunk="resnet18", width=32, deep_width=32'
+    small = 'trunk="resnet18", width=32, deep_width=32, freeze_bn=True'
     changed = code.replace('trunk="resnet50", pretrained=True', small)
     assert small in changed
     return changed
@@ -134,7 +134,15 @@ def test_accumulation_clipping_and_a_moving_average(batch):
     model = network(dropout=0.0).train()
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.8), use_buffers=True)
     optimizer = torch.optim.AdamW(model.param_groups(lr=2e-3, trunk_scale=1.0), lr=2e-3)
-    assert_halved(train(model, batch, optimizer, lambda: average.update_parameters(model)))
+    expected = model.classifier.weight.detach().clone()
+
+    def after_each_step() -> None:
+        average.update_parameters(model)
+        first = average.n_averaged == 1
+        expected.copy_(model.classifier.weight if first else 0.8 * expected + 0.2 * model.classifier.weight)
+
+    assert_halved(train(model, batch, optimizer, after_each_step))
+    torch.testing.assert_close(average.module.classifier.weight, expected)
     average.eval()
     with torch.no_grad():
         loss = F.cross_entropy(average(batch[0]), batch[1], ignore_index=IGNORED)

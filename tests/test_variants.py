@@ -231,49 +231,52 @@ def test_batch_norm_is_frozen_where_weights_were_loaded(monkeypatch):
 # -- identity mappings -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cascades", [1, 2, 4])
-def test_identity_mappings(cascades):
-    """With residual branches zeroed, logits are linear in every trunk map, but for the ReLU of each CRP.
+class Maps(nn.Module):
+    """In the trunk's place: four given maps."""
 
-    Positive weights and maps keep that ReLU open, so what is left has to be additive and homogeneous.
-    """
-    model = build(cascades=cascades, upsample=False, conv_bias="both").double().eval()
+    maps: list[Tensor]
+
+    def forward(self, batch: Tensor) -> list[Tensor]:
+        return self.maps
+
+
+def additive(model: RefineNet) -> bool:
+    """Whether logits are linear in each trunk map, with residual branches zeroed and without CRP."""
     with torch.no_grad():
-        for module in model.blocks.modules():
-            if isinstance(module, nn.Conv2d):
-                module.weight.abs_()
-            if isinstance(module, ResidualConvUnit):
-                module.conv2.weight.zero_()
-                module.conv2.bias.zero_()
-        for block in model.blocks:
-            for conv in block.pooling.convs:
-                conv.weight.zero_()
         model.classifier.bias.zero_()
-
-    class Maps(nn.Module):
-        """In the trunk's place: four given maps."""
-
-        maps: list[Tensor]
-
-        def forward(self, batch: Tensor) -> list[Tensor]:
-            return self.maps
-
+        for module in model.blocks.modules():
+            if isinstance(module, ResidualConvUnit):
+                for p in module.conv2.parameters():
+                    p.zero_()
+        for block in model.blocks:
+            block.pooling = nn.Identity()  # what is left of it but for its one ReLU
     model.trunks[0] = Maps()
-    batch = images(1, 3, 64, 64, dtype=torch.float64)
 
     def logits(maps: list[Tensor]) -> Tensor:
         model.trunks[0].maps = maps
         with torch.no_grad():
-            return model(batch)
+            return model(images(1, 3, 64, 64, dtype=torch.float64))
 
-    sizes = [(64, 16), (128, 8), (256, 4), (512, 2)]
-    first = [images(1, c, s, s, dtype=torch.float64).abs() for c, s in sizes]
+    sizes, linear = [(64, 16), (128, 8), (256, 4), (512, 2)], True
+    first = [images(1, c, s, s, dtype=torch.float64) for c, s in sizes]
     for level in range(4):
         second = [torch.zeros_like(m) for m in first]
         second[level] = torch.flip(first[level], (1, 3))
         both = [a + 3 * b for a, b in zip(first, second, strict=True)]
         assert logits(second).abs().max() > 1e-3, "the map reaches the logits"
-        torch.testing.assert_close(logits(both), logits(first) + 3 * logits(second), rtol=1e-10, atol=1e-10)
+        linear &= torch.allclose(logits(both), logits(first) + 3 * logits(second), rtol=1e-10, atol=1e-10)
+    return linear
+
+
+@pytest.mark.parametrize("cascades", [1, 2, 4])
+@pytest.mark.parametrize("light_weight", [False, True])
+def test_identity_mappings(cascades, light_weight):
+    """But for the ReLU of each CRP the way from a trunk map to the logits is linear."""
+    assert additive(build(cascades=cascades, light_weight=light_weight, upsample=False).double().eval())
+
+
+def test_a_relu_on_the_way_would_be_seen():
+    assert not additive(build(rcu_skip="relu", upsample=False).double().eval())
 
 
 # -- presets, initialisation, parameter groups -------------------------------------------------------------------------
@@ -320,8 +323,24 @@ def test_both_initialisations_train(init):
     assert min(losses[-5:]) < losses[0] / 2, losses
 
 
+@pytest.mark.parametrize(
+    "trunk, full, light",
+    [
+        ("resnet50", 99_060_309, 27_357_525),
+        ("resnet101", 118_052_437, 46_349_653),
+        ("resnet152", 133_696_085, 61_993_301),
+    ],
+)
+def test_numbers_of_parameters(trunk, full, light):
+    """The published ones: 99.1, 118.05 and 133.7 M; light-weight 27.36, 46.35 and 61.99 M."""
+    with torch.device("meta"):
+        networks = [RefineNet(21, trunk, crp_stages=4, light_weight=is_light) for is_light in (False, True)]
+    assert [sum(p.numel() for p in network.parameters()) for network in networks] == [full, light]
+
+
 def test_parameter_groups():
     model = build(freeze_bn=True)
+    model.extra = nn.Conv2d(3, 3, 1)
     trunk, decoder = model.param_groups(lr=0.5, trunk_scale=0.2, weight_decay=1e-3)
     assert (trunk["lr"], decoder["lr"], trunk["weight_decay"], decoder["weight_decay"]) == (0.1, 0.5, 1e-3, 1e-3)
     grouped = [id(p) for group in (trunk, decoder) for p in group["params"]]
@@ -344,6 +363,28 @@ def test_predictions_are_those_of_softmax(classes, upsample):
         probability, label = model(batch).softmax(1).max(1)
     assert torch.equal(found.classes, label) and found.classes.dtype == torch.int64
     torch.testing.assert_close(found.probabilities, probability)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_predictions_of_classes_that_are_not_finite(value):
+    model = build(13).eval()
+    with torch.no_grad():
+        model.classifier.bias[:4] = value
+        probability, label = model(images(1, 3, 40, 50)).softmax(1).max(1)
+    found = model.predict(images(1, 3, 40, 50))
+    assert torch.equal(found.classes, label)
+    torch.testing.assert_close(found.probabilities, probability, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_predictions_in_other_dtypes(dtype):
+    model, batch = build(13).to(dtype).eval(), images(2, 3, 40, 50).to(dtype)
+    found, wide = model.predict(batch), torch.promote_types(dtype, torch.float32)
+    with torch.no_grad():
+        probability, label = model(batch).to(wide).softmax(1).max(1)
+    assert torch.equal(found.classes, label) and found.probabilities.dtype == wide
+    torch.testing.assert_close(found.probabilities, probability)
+    assert model.predict(batch[:0]).classes.shape == (0, 40, 50)
 
 
 def test_prediction_never_holds_all_full_size_logits():
@@ -370,7 +411,7 @@ def test_folded_batch_norm_gives_the_same_logits(options):
     assert norms(model) and not norms(folded) and not folded.training
     with torch.no_grad():
         torch.testing.assert_close(folded(batch), model(batch), rtol=1e-9, atol=1e-9)
-    with pytest.raises(ValueError, match=r"batch norm folded|another trunk|cascades|scales"):
+    with pytest.raises(ValueError, match=r"batch norm folded|trunk 'mobile|cascades|scales"):
         folded.to_published_state_dict()
 
 
@@ -397,7 +438,11 @@ def test_folded_batch_norm_gives_the_same_logits(options):
         ({"upsample": "nearest"}, ValueError, "upsample: expected True, False or one of bilinear.*, got 'nearest'"),
         ({"light_weight": 1}, TypeError, "light_weight: expected a bool, got 1"),
         ({"freeze_bn": 1}, TypeError, "freeze_bn: expected a bool, got 1"),
-        ({"crp_kernel": 5}, ValueError, "kernel_size: expected 1 or 3, got 5"),
+        ({"crp_kernel": 5}, ValueError, "crp_kernel: expected 1 or 3, got 5"),
+        ({"crp_kernel": 0}, ValueError, "crp_kernel: expected an integer >= 1, got 0"),
+        ({"pretrained": 1}, TypeError, "pretrained: expected a bool, got 1"),
+        ({"light_weight": True, "rcu_skip": "relu"}, ValueError, "rcu_skip: expected 'raw' where light_weight"),
+        ({"light_weight": True, "conv_bias": "both"}, ValueError, "conv_bias: expected 'first' where light_weight"),
         ({"trunk_stride": "2x2"}, ValueError, "trunk_stride: expected one of '3x3', '1x1', got '2x2'"),
         ({"trunk_stride": "1x1"}, ValueError, "trunk_stride: expected '3x3' for trunk 'resnet18', which has no"),
         ({"deep_width": 0}, ValueError, "deep_width: expected an integer >= 1, got 0"),

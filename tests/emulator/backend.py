@@ -1,0 +1,136 @@
+"""The ``cuda`` backend's kernels in the emulator, as a backend: whatever tests a backend tests these."""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from emulator.launch import emulate, find, nvcc_ptx
+from emulator.memory import GlobalMemory
+from refinenet_fast.backends.native import Native
+
+CSRC = Path(__file__).parents[2] / "csrc"
+THREADS = 256  # kThreads in csrc/cuda/launch.h
+STRIP = 16  # kStrip in csrc/cuda/maxpool5.cu
+# By the numbers of DType in csrc/common/arguments.h: bytes of an element, and its name in a mangled kernel's.
+TYPES = {0: (4, "f"), 1: (2, "13__nv_bfloat16"), 2: (2, "6__half")}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """How one function of ``refinenet_fast._C`` becomes a launch (the host code of csrc/cuda/<source>).
+
+    ``sizes(sizes)`` gives the elements of each pointer's tensor and the threads before division by the vector's width;
+    ``bytewise`` are the pointers to bytes.
+    """
+
+    source: str
+    kernel: str
+    pointers: tuple[str, ...]
+    layout: str  # of the struct of arguments after the pointers
+    elements: Callable[[Sequence[int]], tuple[tuple[int, ...], int]]
+    bytewise: tuple[str, ...] = ()
+    flags: Callable[[Sequence[int], Sequence[int]], tuple[bool, ...]] = lambda pointers, rest: ()
+    arguments: Callable[[Sequence[int]], tuple[int, ...]] = tuple  # type: ignore[assignment]
+
+
+def _map(s: Sequence[int]) -> int:  # (N, H, W, C, ...)
+    return s[0] * s[1] * s[2] * s[3]
+
+
+def _large(s: Sequence[int]) -> int:  # (N, h, w, C, H, W, ...)
+    return s[0] * s[4] * s[5] * s[3]
+
+
+def _axes(s: Sequence[int]) -> tuple[int, ...]:
+    n, h, w, c, out_h, out_w, dtype, corners = s
+    return n, h, w, c, h, out_h, corners, w, out_w, corners, dtype
+
+
+ENTRIES = {
+    "maxpool5": Entry(
+        "maxpool5.cu",
+        "forward_kernel",
+        ("x", "y", "argmax"),
+        "qqqqi?3x",
+        lambda s: ((_map(s),) * 3, s[0] * -(-s[1] // STRIP) * s[2] * s[3]),
+        ("argmax",),
+        lambda pointers, rest: (bool(rest[5]), pointers[2] != 0),
+    ),
+    "maxpool5_backward": Entry(
+        "maxpool5.cu",
+        "backward_kernel",
+        ("gy", "argmax", "add", "gx"),
+        "qqqqi4x",
+        lambda s: ((_map(s),) * 4, _map(s)),
+        ("argmax",),
+    ),
+    "bilinear": Entry(
+        "bilinear.cu",
+        "forward_kernel",
+        ("x", "add", "y"),
+        "qqqqqq?7xqq?7xi4x",
+        lambda s: ((_map(s), _large(s), _large(s)), _large(s)),
+        arguments=_axes,
+    ),
+    "bilinear_backward": Entry(
+        "bilinear.cu",
+        "backward_kernel",
+        ("gy", "gx"),
+        "qqqqqq?7xqq?7xi4x",
+        lambda s: ((_large(s), _map(s)), _map(s)),
+        arguments=_axes,
+    ),
+}
+
+
+class Emulated(Native):
+    """``maxpool5`` and ``bilinear`` of the CUDA backend on tensors in host memory; the convolution is PyTorch's.
+
+    Args:
+        together: Threads that run in lockstep: 32 for a warp, 256 for a block, more for several blocks at once.
+        seed: Shuffles the order in which such groups run.
+    """
+
+    name = "emulated"
+    device_type = "cpu"
+    dtypes = (torch.float32, torch.float16, torch.bfloat16)
+
+    def __init__(self, nvcc: str, arch: str = "sm_80", together: int = 1024, seed: int = 0) -> None:
+        self.nvcc, self.arch, self.together, self.seed = nvcc, arch, together, seed
+
+    def unavailable(self) -> str | None:
+        return None
+
+    def _call(self, function: str, like: Tensor, *arguments: object) -> None:
+        entry = ENTRIES[function]
+        flat = [int(a) for a in arguments]  # type: ignore[call-overload]
+        pointers, rest = flat[: len(entry.pointers)], flat[len(entry.pointers) :]
+        size, mangled = TYPES[rest[6] if len(rest) > 6 else rest[4]]
+        elements, threads = entry.elements(rest)
+        if not threads:
+            return
+        lanes = 16 // size if rest[3] % (16 // size) == 0 else 1
+        memory, addresses, seen = GlobalMemory(), [], {0: 0}
+        for name, pointer, count in zip(entry.pointers, pointers, elements, strict=True):
+            if pointer not in seen:
+                item = 1 if name in entry.bytewise else size
+                seen[pointer] = memory.add(name, _bytes(pointer, count * item))
+            addresses.append(seen[pointer])
+        parameters = struct.pack(f"<{len(addresses)}Q{entry.layout}", *addresses, *entry.arguments(rest))
+        flags = "".join(f"Lb{int(flag)}E" for flag in entry.flags(pointers, rest))
+        kernels = nvcc_ptx(str(CSRC / "cuda" / entry.source), str(CSRC), self.arch, self.nvcc)
+        kernel = find(kernels, f"{entry.kernel}I{mangled}Li{lanes}E{flags}E")
+        blocks = -(-threads // lanes // THREADS)
+        emulate(kernel, [blocks], [THREADS], parameters, memory, self.together, self.seed)
+
+
+def _bytes(address: int, size: int) -> np.ndarray:
+    return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
