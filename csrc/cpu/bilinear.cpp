@@ -13,13 +13,13 @@ struct Corners {
 };
 
 template <class T>
-void resize_pixel(const T* x, const T* add, T* y, const Corners& k, int64_t channels) {
+void resize_pixel(const T* x, const T* add, T* y, const Corners& k, int64_t channels, bool streamed) {
   const Float w0 = splat(k.weights[0]), w1 = splat(k.weights[1]), w2 = splat(k.weights[2]), w3 = splat(k.weights[3]);
   for_channels(channels, [&](int64_t c, auto lanes) {
     Float v = w0 * load(x + k.near_near + c, lanes) + w1 * load(x + k.near_far + c, lanes) +
               w2 * load(x + k.far_near + c, lanes) + w3 * load(x + k.far_far + c, lanes);
     if (add) v += load(add + c, lanes);
-    store(y + c, v, lanes);
+    put(y + c, v, lanes, streamed);
   });
 }
 
@@ -34,22 +34,27 @@ void forward(const Bilinear& p, int threads) {
   const int64_t channels = p.in.c, width = p.columns.out, height = p.rows.out;
   void* scratch = workspace(width * sizeof(BilinearTaps));
   const BilinearTaps* columns = all_taps(p.columns, static_cast<BilinearTaps*>(scratch));
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t row = 0; row < p.in.n * height; ++row) {
-    const BilinearTaps tap = bilinear_taps(p.rows, row % height);
-    const T* image = static_cast<const T*>(p.x) + row / height * p.in.h * p.in.w * channels;
-    for (int64_t x = 0; x < width; ++x) {
-      const BilinearTaps& column = columns[x];
-      const int64_t near = tap.near * p.in.w, far = tap.far * p.in.w, out = (row * width + x) * channels;
-      const Corners corners{(near + column.near) * channels,
-                            (near + column.far) * channels,
-                            (far + column.near) * channels,
-                            (far + column.far) * channels,
-                            {(1 - tap.weight) * (1 - column.weight), (1 - tap.weight) * column.weight,
-                             tap.weight * (1 - column.weight), tap.weight * column.weight}};
-      resize_pixel(image, p.add ? static_cast<const T*>(p.add) + out : nullptr, static_cast<T*>(p.y) + out, corners,
-                   channels);
+  const bool streamed = p.add != p.y && streams(static_cast<T*>(p.y), p.in.n * height * width, channels);
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < p.in.n * height; ++row) {
+      const BilinearTaps tap = bilinear_taps(p.rows, row % height);
+      const T* image = static_cast<const T*>(p.x) + row / height * p.in.h * p.in.w * channels;
+      for (int64_t x = 0; x < width; ++x) {
+        const BilinearTaps& column = columns[x];
+        const int64_t near = tap.near * p.in.w, far = tap.far * p.in.w, out = (row * width + x) * channels;
+        const Corners corners{(near + column.near) * channels,
+                              (near + column.far) * channels,
+                              (far + column.near) * channels,
+                              (far + column.far) * channels,
+                              {(1 - tap.weight) * (1 - column.weight), (1 - tap.weight) * column.weight,
+                               tap.weight * (1 - column.weight), tap.weight * column.weight}};
+        resize_pixel(image, p.add ? static_cast<const T*>(p.add) + out : nullptr, static_cast<T*>(p.y) + out, corners,
+                     channels, streamed);
+      }
     }
+    fence();
   }
 }
 

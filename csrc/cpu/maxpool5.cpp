@@ -123,21 +123,6 @@ bool row_pass(const T* image, const Shape& s, const Tile& tile, const Ring& ring
   return any(nan);
 }
 
-// Results of a whole vector, past the caches if `streamed`.
-void put(float* p, Float v, Full, bool streamed) { streamed ? stream(p, v) : store(p, v); }
-template <class T, class Count>
-void put(T* p, Float v, Count lanes, bool) {
-  store(p, v, lanes);
-}
-
-// Whether the result is too large for the outer cache to keep it for whoever reads it next.
-bool streams(const MaxPool5& p) {
-  constexpr int64_t kCached = 8 << 20;
-  const Shape& s = p.shape;
-  return p.dtype == DType::kFloat32 && s.n * s.h * s.w * s.c * 4 > kCached && s.c % kLanes == 0 &&
-         reinterpret_cast<uintptr_t>(p.y) % kVectorBytes == 0;
-}
-
 template <class T, Mode kMode, bool kRelu, int kCount>
 void column_pass(const MaxPool5& p, const Tile& tile, const Ring& ring, int64_t y, int64_t pitch) {
   const Window window(y, p.shape.h);
@@ -145,7 +130,7 @@ void column_pass(const MaxPool5& p, const Tile& tile, const Ring& ring, int64_t 
   const float* rows[kTaps];
   for (int64_t t = 0; t < count; ++t) rows[t] = ring.values(window.begin + t);
   const uint8_t* dx = ring.choices(y);
-  const bool streamed = streams(p);
+  const bool streamed = streams(static_cast<T*>(p.y), p.shape.n * p.shape.h * p.shape.w, p.shape.c);
   for (int64_t x = tile.left; x < tile.right; ++x) {
     const int64_t out = ((tile.n * p.shape.h + y) * p.shape.w + x) * p.shape.c, in = (x - tile.left) * pitch;
     for_channels(p.shape.c, [&](int64_t c, auto lanes) {

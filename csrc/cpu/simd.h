@@ -146,6 +146,23 @@ static inline void fence() { _mm_sfence(); }
 static inline void fence() {}
 #endif
 
+// Whether a [pixels, channels] result is too large for the outer cache to keep it for whoever reads it next.
+template <class T>
+static inline bool streams(const T*, int64_t, int64_t) {
+  return false;
+}
+static inline bool streams(const float* y, int64_t pixels, int64_t channels) {
+  constexpr int64_t kCached = 8 << 20;
+  return pixels * channels * 4 > kCached && channels % kLanes == 0 &&
+         reinterpret_cast<uintptr_t>(y) % kVectorBytes == 0;
+}
+// store() or stream(), which takes whole vectors of float32 only.
+static inline void put(float* p, Float v, Full, bool streamed) { streamed ? stream(p, v) : store(p, v); }
+template <class T, class Count>
+static inline void put(T* p, Float v, Count lanes, bool) {
+  store(p, v, lanes);
+}
+
 // body(c, count) for each vector of channels, whole ones first.
 template <class Body>
 static inline void for_channels(int64_t channels, const Body& body) {
