@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 from common import PLACES, Place
@@ -20,6 +21,15 @@ def _nothing_is_forced():
     """Nor left forced by a test that fails."""
     with use_backend("auto"):
         yield
+
+
+@pytest.fixture
+def one_thread():
+    """For networks so small that threads spend more on waiting for each other than they save."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def _parameters(places: list[Place]) -> list:

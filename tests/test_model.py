@@ -18,6 +18,7 @@ from refinenet_fast.model import RefineNet
 from refinenet_fast.trunks import create_trunk
 
 timm = pytest.importorskip("timm")
+pytestmark = pytest.mark.usefixtures("one_thread")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -44,15 +45,6 @@ def photograph() -> Tensor:  # (1, 3, 375, 500)
     pixels = to_tensor(Image.open(file).convert("RGB").resize((500, 375)))
     mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
     return ((pixels - mean[:, None, None]) / std[:, None, None])[None]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """These networks are so small that threads spend more on waiting for each other than they save."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

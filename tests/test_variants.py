@@ -14,6 +14,7 @@ from refinenet_fast.blocks import ResidualConvUnit
 from refinenet_fast.variants import PRESETS
 
 pytest.importorskip("timm")
+pytestmark = pytest.mark.usefixtures("one_thread")
 VARIANTS = {
     "4-cascaded": {},
     "single": {"cascades": 1},
@@ -31,15 +32,6 @@ VARIANTS = {
     "aligned logits": {"upsample": "bilinear-aligned", "init": "kaiming", "width": 7, "deep_width": 9},
 }
 variants = pytest.mark.parametrize("options", list(VARIANTS.values()), ids=list(VARIANTS))
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """These networks are so small that threads spend more on waiting for each other than they save."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def build(num_classes: int = 3, lively: bool = True, **options) -> RefineNet:

@@ -66,7 +66,7 @@ def convolve(
         ValueError: Another tensor does not go with ``x``; names it, what was expected and what came.
     """
     core = _native._C
-    assert core is not None
+    assert core is not None and not (rotated and packed is not None)
     x, weight = nhwc(x), weight.detach().to(torch.float32).resolve_neg()
     n, c, h, w = x.shape
     k = weight.shape[1 if rotated else 0]
