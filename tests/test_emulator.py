@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import shutil
-import struct
 
 import numpy as np
 import pytest
 import torch
 
 import refinenet_fast
-from emulator import EmulatorError, emulate, parse
+from emulator import EmulatorError, Schedule, emulate, parse
 from emulator.backend import CSRC, Emulated
-from emulator.launch import find, nvcc_ptx
+from emulator.compilers import find, nvcc_ptx
 from emulator.machine import Machine
-from emulator.memory import GlobalMemory
 from refinenet_fast import testing
 from refinenet_fast.testing import Data
 
@@ -35,7 +33,7 @@ def test_cuda_kernels(shape, dtype, together, seed):
     """Forward and backward, with vectors of channels and without, against float64."""
     if together == 32 and shape != (2, 3, 1, 7):
         pytest.skip("one small shape in warps of their own: they are slow one by one")
-    kernels = Emulated(NVCC, together=together, seed=seed)
+    kernels = Emulated(NVCC, schedule=Schedule(together, seed))
     for op, direction, error, limit in testing.check_kernels(kernels, shape, Data(dtype)):
         assert error <= limit, f"{op} {direction}: error {error:.3g}, limit {limit:.3g}"
 
@@ -86,11 +84,9 @@ KERNEL = """
 """
 
 
-def run(body: str, data: np.ndarray, n: int = 0, threads: int = 8, parameters: bytes | None = None) -> None:
+def run(body: str, data: np.ndarray, n: int = 0, threads: int = 8) -> None:
     kernel = parse(HEADER + '.file 1 "some/where.cu"\n' + KERNEL.format(body=body))["k"]
-    memory = GlobalMemory()
-    given = struct.pack("<QI", memory.add("data", data), n)
-    emulate(kernel, [1], [threads], given if parameters is None else parameters, memory)
+    emulate(kernel, [1], [threads], [data, n])
 
 
 def test_it_runs():
@@ -113,7 +109,7 @@ def test_lanes_diverge_and_meet_again():
     "body, said",
     [
         ("ld.global.f32 %f1, [%rd3+4];", r"where.cu:7, PTX line \d+, ld.global.f32: address .* is out of bounds "
-         r"\(byte 32 of buffer data, which has 32\)"),
+         r"\(byte 32 of buffer p, which has 32\)"),
         ("ld.global.f32 %f1, [%rd3+-4];", "is in no buffer"),
         ("ld.global.f32 %f1, [%rd3+2];", "is not aligned to 4 bytes"),
         ("ld.global.v2.f32 {%f1, %f2}, [%rd3];", "is not aligned to 8 bytes"),
@@ -121,7 +117,7 @@ def test_lanes_diverge_and_meet_again():
         ("add.s64 %rd4, %rd3, %rd7; ld.global.f32 %f1, [%rd4];", "the address is undefined"),
         ("setp.eq.u32 %p1, %r7, 0; @%p1 bra L1; L1:", "the predicate is undefined"),
         ("setp.lt.u32 %p1, %r2, 4; @%p1 mov.u32 %r3, 1; st.global.u32 [%rd3], %r3;", r"undefined .* thread \(4, 0"),
-        ("st.global.u32 [%rd1], %r2;", "threads write different values to one address of buffer data"),
+        ("st.global.u32 [%rd1], %r2;", "threads write different values to one address of buffer p"),
         ("L1: bra.uni L1;", r"more than \d+ basic blocks: block .* loops"),
         ("frobnicate.f32 %f1, %f2;", "frobnicate.f32: this opcode is not known"),
         ("ld.param.u64 %rd4, [n];", "reads past the parameter's 4 bytes"),
@@ -140,11 +136,9 @@ def test_what_is_undefined_may_be_moved():
 
 
 def test_launches_that_do_not_fit():
-    with pytest.raises(EmulatorError, match="expected 12 bytes of parameters, got 3"):
-        run("", np.zeros(8, np.float32), parameters=b"abc")
-    with pytest.raises(EmulatorError, match="at most 1024 threads a block"):
+    with pytest.raises(EmulatorError, match="block: expected at most 1024 threads"):
         run("", np.zeros(8, np.float32), threads=1025)
-    with pytest.raises(EmulatorError, match="buffer data: expected C-contiguous memory"):
+    with pytest.raises(EmulatorError, match="buffer p: expected C-contiguous memory"):
         run("", np.zeros((8, 8), np.float32).T)
     with pytest.raises(EmulatorError, match="expected one kernel with"):
         find({}, "nothing")

@@ -1,7 +1,9 @@
-"""An emulator of PTX: runs what nvcc compiled, on NumPy buffers, where there is no GPU."""
+"""An emulator of PTX: runs what nvcc and Triton compiled, on NumPy buffers, where there is no GPU."""
 
 from emulator.errors import EmulatorError
-from emulator.launch import emulate, nvcc_ptx
+from emulator.launch import Struct, emulate
 from emulator.parser import parse
+from emulator.tensormap import TensorMap
+from emulator.unit import Schedule
 
-__all__ = ["EmulatorError", "emulate", "nvcc_ptx", "parse"]
+__all__ = ["EmulatorError", "Schedule", "Struct", "TensorMap", "emulate", "parse"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from emulator.launch import emulate, find, nvcc_ptx
-from emulator.memory import GlobalMemory
+from emulator.compilers import find, nvcc_ptx
+from emulator.launch import Struct, emulate
+from emulator.unit import Schedule
 from refinenet_fast.backends.native import Native
 
 CSRC = Path(__file__).parents[2] / "csrc"
@@ -95,16 +95,15 @@ class Emulated(Native):
     """``maxpool5`` and ``bilinear`` of the CUDA backend on tensors in host memory; the convolution is PyTorch's.
 
     Args:
-        together: Threads that run in lockstep: 32 for a warp, 256 for a block, more for several blocks at once.
-        seed: Shuffles the order in which such groups run.
+        schedule: Of 32 lanes for a warp, 256 for a block, more for several blocks at once.
     """
 
     name = "emulated"
     device_type = "cpu"
     dtypes = (torch.float32, torch.float16, torch.bfloat16)
 
-    def __init__(self, nvcc: str, arch: str = "sm_80", together: int = 1024, seed: int = 0) -> None:
-        self.nvcc, self.arch, self.together, self.seed = nvcc, arch, together, seed
+    def __init__(self, nvcc: str, arch: str = "sm_80", schedule: Schedule = Schedule()) -> None:
+        self.nvcc, self.arch, self.schedule = nvcc, arch, schedule
 
     def unavailable(self) -> str | None:
         return None
@@ -118,18 +117,16 @@ class Emulated(Native):
         if not threads:
             return
         lanes = 16 // size if rest[3] % (16 // size) == 0 else 1
-        memory, addresses, seen = GlobalMemory(), [], {0: 0}
-        for name, pointer, count in zip(entry.pointers, pointers, elements, strict=True):
-            if pointer not in seen:
-                item = 1 if name in entry.bytewise else size
-                seen[pointer] = memory.add(name, _bytes(pointer, count * item))
-            addresses.append(seen[pointer])
-        parameters = struct.pack(f"<{len(addresses)}Q{entry.layout}", *addresses, *entry.arguments(rest))
+        buffers: list[object] = [
+            _bytes(pointer, count * (1 if name in entry.bytewise else size)) if pointer else 0
+            for name, pointer, count in zip(entry.pointers, pointers, elements, strict=True)
+        ]
+        arguments = Struct(f"{len(buffers)}Q{entry.layout}", (*buffers, *entry.arguments(rest)))
         flags = "".join(f"Lb{int(flag)}E" for flag in entry.flags(pointers, rest))
         kernels = nvcc_ptx(str(CSRC / "cuda" / entry.source), str(CSRC), self.arch, self.nvcc)
         kernel = find(kernels, f"{entry.kernel}I{mangled}Li{lanes}E{flags}E")
         blocks = -(-threads // lanes // THREADS)
-        emulate(kernel, [blocks], [THREADS], parameters, memory, self.together, self.seed)
+        emulate(kernel, [blocks], [THREADS], [arguments], schedule=self.schedule)
 
 
 def _bytes(address: int, size: int) -> np.ndarray:

@@ -1,86 +1,206 @@
-"""A launch: a kernel of a built source, a grid, and arguments, over NumPy arrays."""
+"""A launch: a kernel, a grid, and arguments over NumPy arrays."""
 
 from __future__ import annotations
 
-import functools
-import itertools
-import re
-import subprocess
-import tempfile
+import struct
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from emulator.errors import EmulatorError
-from emulator.machine import Lanes, Machine
-from emulator.memory import GlobalMemory
-from emulator.parser import Kernel, parse
+from emulator import arithmetic, barriers, bulk, conversions, copies, data, floats, mbarrier, tensorcore, tensors, warps, wgmma
+from emulator.clocks import Clocks
+from emulator.errors import EmulatorError, Fault
+from emulator.machine import Machine
+from emulator.memory import GlobalMemory, SharedMemory
+from emulator.parser import Kernel
+from emulator.registers import Lanes
+from emulator.scheduler import run
+from emulator.shadow import Shadow
+from emulator.tensormap import TensorMap
+from emulator.unit import Schedule, Unit
 
+FAMILIES = (arithmetic, barriers, bulk, conversions, copies, data, floats, mbarrier, tensorcore, tensors, warps, wgmma)  # fill the table
 BUDGET = 1_000_000  # basic blocks that a group of lanes may run
+THREADS = 4_000_000  # of a grid
+SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_90a": 232_448, "sm_100": 232_448, "sm_100a": 232_448}
 
 
-@functools.cache
-def nvcc_ptx(source: str, include: str, arch: str = "sm_80", nvcc: str = "nvcc") -> dict[str, Kernel]:
-    """The kernels of a CUDA source, compiled to PTX with line numbers."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder, "out.ptx")
-        command = [nvcc, "-ptx", f"-arch={arch}", "-lineinfo", "-std=c++17", f"-I{include}", source, "-o", str(out)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise EmulatorError(f"{' '.join(command)}: {done.stderr.strip()}")
-        return parse(out.read_text())
+@dataclass(frozen=True)
+class Struct:
+    """A parameter passed by value: ``values`` packed as ``layout`` (Python's struct), arrays among them as pointers."""
 
-
-def find(kernels: dict[str, Kernel], *parts: str) -> Kernel:
-    """The one kernel whose (mangled) name has all ``parts`` in it."""
-    found = [kernel for name, kernel in kernels.items() if all(re.search(part, name) for part in parts)]
-    if len(found) != 1:
-        raise EmulatorError(f"expected one kernel with {parts} in its name, got {[k.name for k in found]}")
-    return found[0]
+    layout: str
+    values: tuple[object, ...]
 
 
 def emulate(
     kernel: Kernel,
     grid: Sequence[int],
     block: Sequence[int],
-    parameters: bytes,
-    memory: GlobalMemory,
-    together: int = 1024,
-    seed: int = 0,
+    args: Sequence[object],
+    *,
+    cluster: Sequence[int] = (),
+    shared: int = 0,
+    schedule: Schedule = Schedule(),
+    memory: GlobalMemory | None = None,
 ) -> None:
     """Run ``grid`` x ``block`` threads.
 
     Args:
-        parameters: The kernel's parameters as they lie in memory, device addresses from ``memory``.
-        together: Threads that run as one group, in lockstep where they do not diverge; groups run one after another, in
-            an order that ``seed`` shuffles.
+        args: One per parameter: NumPy arrays for pointers (changed in place), numbers, TensorMap, Struct, bytes.
+        cluster: Blocks of a cluster; by default what the kernel was compiled for, else one.
+        shared: Bytes of dynamic shared memory.
+        memory: Where the arrays' addresses are made up; by default a new one.
 
     Raises:
         EmulatorError: The launch does not fit the kernel, or the kernel does what it must not.
     """
-    full = [(*sizes, 1, 1)[:3] for sizes in (grid, block)]
-    if min(min(sizes) for sizes in full) < 1 or int(np.prod(full[1])) > 1024:
-        raise EmulatorError(f"{kernel.name}: expected sizes >= 1 and at most 1024 threads a block, got {grid}, {block}")
-    (gx, gy, gz), (bx, by, bz) = full
-    threads = np.array(
-        [
-            (*c[::-1], *t[::-1])
-            for c in itertools.product(range(gz), range(gy), range(gx))
-            for t in itertools.product(range(bz), range(by), range(bx))
-        ],
-        np.uint32,
-    )  # (grid * block, 6): ctaid.xyz, tid.xyz
-    machine = Machine(kernel, parameters, memory)
-    groups = [threads[first : first + together] for first in range(0, len(threads), together)]
-    for index in np.random.default_rng(seed).permutation(len(groups)):
-        machine.run(_lanes(groups[index], full), BUDGET)
+    sizes = [_three(kernel, n, s) for n, s in (("grid", grid), ("block", block), ("cluster", cluster or kernel.cluster))]
+    _fits(kernel, sizes)
+    memory = GlobalMemory() if memory is None else memory
+    maps: list[TensorMap] = []
+    parameters = np.frombuffer(_pack(kernel, args, memory, maps), np.uint8)
+    machine = Machine(kernel, memory, shared, BUDGET)
+    limit = SHARED_LIMIT.get(kernel.target, 101_376)
+    if machine.shared_bytes > limit:
+        raise EmulatorError(f"{kernel.name}: {machine.shared_bytes} bytes of shared memory; {kernel.target} has {limit}")
+    if machine.uses("wgmma", "setmaxnreg"):
+        schedule = replace(schedule, lanes=128)  # what has to run together, and no more
+    rng = np.random.default_rng(schedule.seed)
+    units = _units(sizes, 1 if machine.meets() else max(1, schedule.lanes // _padded(sizes[1])))
+    with np.errstate(all="ignore"):
+        for index in rng.permutation(len(units)):
+            unit = _unit(machine, units[index], sizes, memory, parameters, schedule, rng)
+            unit.state["maps"] = maps
+            run(machine, unit)
 
 
-def _lanes(threads: np.ndarray, sizes: list[tuple[int, ...]]) -> Lanes:
-    special = {}
-    for k, axis in enumerate("xyz"):
-        special[f"%ctaid.{axis}"], special[f"%tid.{axis}"] = threads[:, k], threads[:, 3 + k]
-        special[f"%nctaid.{axis}"] = np.full(len(threads), sizes[0][k], np.uint32)
-        special[f"%ntid.{axis}"] = np.full(len(threads), sizes[1][k], np.uint32)
-    return Lanes(special)
+# -- what a launch has to fit ------------------------------------------------------------------------------------------
+
+
+def _three(kernel: Kernel, name: str, sizes: Sequence[int]) -> tuple[int, int, int]:
+    full = (*sizes, 1, 1, 1)[:3]
+    if len(sizes) > 3 or min(full) < 1:
+        raise EmulatorError(f"{kernel.name}: {name}: expected one to three sizes >= 1, got {tuple(sizes)}")
+    return full
+
+
+def _fits(kernel: Kernel, sizes: list[tuple[int, int, int]]) -> None:
+    grid, block, cluster = sizes
+    threads = int(np.prod(block))
+    if threads > 1024:
+        raise EmulatorError(f"{kernel.name}: block: expected at most 1024 threads, got {block}")
+    if kernel.threads and (*kernel.threads, 1, 1)[:3] != block:
+        raise EmulatorError(f"{kernel.name}: block: expected {kernel.threads}, as it was compiled for, got {block}")
+    if kernel.cluster and (*kernel.cluster, 1, 1)[:3] != cluster:
+        raise EmulatorError(f"{kernel.name}: cluster: expected {kernel.cluster}, as it was compiled for, got {cluster}")
+    if any(g % c for g, c in zip(grid, cluster, strict=True)):
+        raise EmulatorError(f"{kernel.name}: grid: expected multiples of the cluster {cluster}, got {grid}")
+    if int(np.prod(cluster)) > 16:
+        raise EmulatorError(f"{kernel.name}: cluster: expected at most 16 blocks, got {cluster}")
+    if threads * int(np.prod(grid)) > THREADS:
+        raise EmulatorError(f"{kernel.name}: grid: {grid} x {block} exceeds the budget of {THREADS} threads")
+
+
+def _pack(kernel: Kernel, args: Sequence[object], memory: GlobalMemory, maps: list[TensorMap]) -> bytes:
+    """The kernel's parameters as they lie in memory."""
+    if len(args) != len(kernel.parameters):
+        raise EmulatorError(f"{kernel.name}: expected {len(kernel.parameters)} arguments, got {len(args)}")
+    packed = bytearray(kernel.parameter_bytes)
+    for (name, (offset, size)), value in zip(kernel.parameters.items(), args, strict=True):
+        given = _bytes(name, size, value, memory, maps)
+        if len(given) != size:
+            what = f"{len(given)} ({type(value).__name__})"
+            raise EmulatorError(f"{kernel.name}: parameter {name}: expected {size} bytes, got {what}")
+        packed[offset : offset + size] = given
+    return bytes(packed)
+
+
+def _bytes(name: str, size: int, value: object, memory: GlobalMemory, maps: list[TensorMap]) -> bytes:
+    match value:
+        case TensorMap():
+            maps.append(tensors.checked(name, value))
+            memory.add(f"{name}'s tensor", value.whole)
+            return tensors.handle(len(maps) - 1)
+        case Struct():
+            return struct.pack("<" + value.layout, *(_address(name, v, memory) for v in value.values))
+        case bytes():
+            return value
+        case np.ndarray():
+            return struct.pack("<Q", memory.add(name, value))
+        case np.generic():
+            return value.tobytes()
+        case bool() | int():
+            return (int(value) & ((1 << 8 * size) - 1)).to_bytes(size, "little")
+        case float():
+            return struct.pack("<f" if size == 4 else "<d", value)
+    raise EmulatorError(f"parameter {name}: expected an array, a number, a TensorMap, a Struct or bytes, got {value!r}")
+
+
+def _address(name: str, value: object, memory: GlobalMemory) -> object:
+    return memory.add(name, value) if isinstance(value, np.ndarray) else value
+
+
+# -- units -------------------------------------------------------------------------------------------------------------
+
+
+def _padded(block: tuple[int, int, int]) -> int:
+    """A block's threads, rounded up to whole warps."""
+    return -(-int(np.prod(block)) // 32) * 32
+
+
+def _units(sizes: list[tuple[int, int, int]], together: int) -> list[np.ndarray]:
+    """(B, 3) ctaid of the blocks of every unit: a cluster, or ``together`` blocks that cannot meet."""
+    grid, _, cluster = sizes
+    counts = [g // c for g, c in zip(grid, cluster, strict=True)]
+    inside = np.stack(np.meshgrid(*(np.arange(c) for c in cluster[::-1]), indexing="ij"), -1).reshape(-1, 3)[:, ::-1]
+    first = np.stack(np.meshgrid(*(np.arange(c) for c in counts[::-1]), indexing="ij"), -1).reshape(-1, 3)[:, ::-1]
+    clusters = first[:, None, :] * np.array(cluster) + inside
+    return [clusters[i : i + together].reshape(-1, 3) for i in range(0, len(clusters), together)]
+
+
+def _unit(
+    machine: Machine,
+    blocks: np.ndarray,  # (B, 3)
+    sizes: list[tuple[int, int, int]],
+    memory: GlobalMemory,
+    parameters: np.ndarray,
+    schedule: Schedule,
+    rng: np.random.Generator,
+) -> Unit:
+    bx, by, bz = sizes[1]
+    padded, count = _padded(sizes[1]), bx * by * bz
+    linear = np.arange(padded)
+    tid = np.stack([linear % bx, linear // bx % by, linear // (bx * by)], axis=1)
+    threads = np.concatenate([np.repeat(blocks, padded, axis=0), np.tile(tid, (len(blocks), 1))], axis=1)
+    shared = SharedMemory(len(blocks), machine.shared_bytes)
+    unit = Unit(
+        threads.astype(np.uint32),
+        np.tile(linear < count, len(blocks)),
+        np.repeat(np.arange(len(blocks)), padded),
+        sizes,
+        memory,
+        parameters,
+        shared,
+        schedule,
+        rng,
+    )
+    if machine.meets():
+        unit.clocks = Clocks(len(threads), unit.name)
+        width = data.granule(machine.kernel)
+        unit.shadow = Shadow(unit.clocks, len(shared.data) // width, width, shared.size // width)
+        unit.shadow.describe = machine.place
+    step = min(schedule.lanes, padded) if machine.meets() else schedule.lanes
+    for start in range(0, len(threads), padded) if machine.meets() else [0]:
+        end = start + padded if machine.meets() else len(threads)
+        for first in range(start, end, step):
+            lanes = Lanes(machine.kernel, unit, np.arange(first, min(first + step, end)))
+            lanes.exited = ~unit.exists[lanes.threads]
+            if machine.local_bytes:
+                lanes.locals = np.zeros((lanes.count, machine.local_bytes), np.uint8)
+            unit.groups.append(lanes)
+    return unit
+
+
+__all__ = ["Fault", "Schedule", "Struct", "emulate"]

@@ -1,297 +1,314 @@
-"""Runs a kernel's instructions over groups of lanes that share a vector of registers.
+"""Control flow: runs a kernel's instructions over groups of lanes.
 
-Every lane has a program counter. The group runs the basic block at the smallest one, for the lanes that are there, so
-that diverged lanes meet again where their paths join. A register knows which lanes have written it; what is undefined
-may be moved and computed with, and must not become an address, a stored value or a branch.
+Every lane has a program counter. A group runs the basic block at the smallest one, for the lanes that are there, so
+that diverged lanes meet again where their paths join. Lanes that wait are parked and the others run on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from emulator import arithmetic, types
-from emulator.errors import EmulatorError
-from emulator.memory import GlobalMemory
+from emulator import types
+from emulator.arithmetic import opposite
+from emulator.errors import EmulatorError, Fault
+from emulator.memory import SHARED_FIRST, GlobalMemory
 from emulator.parser import Address, Immediate, Instruction, Kernel, Operand, Register, Symbol, Vector
+from emulator.registers import Active, Lanes, Wait
+from emulator.table import Opcode, look_up
 
-Bits = np.ndarray  # (L,) of a register's storage type
-SPECIAL = ("tid", "ntid", "ctaid", "nctaid")
-BRANCHES = ("bra", "ret", "exit")
-
-
-@dataclass
-class Lanes:
-    """Threads that run together, perhaps of several blocks."""
-
-    special: dict[str, np.ndarray]  # "%tid.x" -> (L,) uint32
-    registers: dict[str, Bits] = field(default_factory=dict)
-    defined: dict[str, np.ndarray] = field(default_factory=dict)  # (L,) bool; absent: in all lanes
-
-    @property
-    def count(self) -> int:
-        return len(self.special["%tid.x"])
-
-    def who(self, lane: int) -> str:
-        block, thread = (
-            tuple(int(self.special[f"%{name}.{axis}"][lane]) for axis in "xyz") for name in ("ctaid", "tid")
-        )
-        return f"block {block}, thread {thread}"
+BRANCHES = ("bra", "ret", "exit", "brx")
+Run = Callable[[Lanes, Active], Wait | None]
 
 
 class Machine:
     """One kernel, ready to run.
 
+    Args:
+        shared: Bytes of dynamic shared memory.
+
     Raises:
         EmulatorError: At ``run``, for what a kernel must not do, and for an opcode that is not known.
     """
 
-    def __init__(self, kernel: Kernel, parameters: bytes, memory: GlobalMemory) -> None:
-        if len(parameters) != kernel.parameter_bytes:
-            raise EmulatorError(
-                f"{kernel.name}: expected {kernel.parameter_bytes} bytes of parameters, got {len(parameters)}"
-            )
-        self.kernel, self.memory = kernel, memory
-        self.parameters = np.frombuffer(parameters, np.uint8)
-        self.steps = [self._step(instruction) for instruction in kernel.instructions]
-        starts = {0, *kernel.labels.values()}
-        starts |= {i + 1 for i, at in enumerate(kernel.instructions) if at.opcode in BRANCHES}
-        self.starts = sorted(s for s in starts if s < len(self.steps))
+    def __init__(self, kernel: Kernel, memory: GlobalMemory, shared: int = 0, budget: int = 1_000_000) -> None:
+        self.kernel, self.budget = kernel, budget
+        self.variables, self.shared_bytes, self.local_bytes = _place(kernel, memory, shared)
+        self.entries = [look_up(at) for at in kernel.instructions]
+        self.steps = [self._step(*pair) for pair in zip(kernel.instructions, self.entries, strict=True)]
+        self.end = len(self.steps)
+        starts = {0, self.end, *kernel.labels.values()}
+        for i, (at, entry) in enumerate(zip(kernel.instructions, self.entries, strict=True)):
+            if at.opcode in BRANCHES:
+                starts.add(i + 1)
+            elif entry is not None and entry.blocks:
+                starts |= {i, i + 1}
+        self.starts = np.array(sorted(starts))
 
     @staticmethod
     def unknown(kernel: Kernel) -> set[str]:
         """Opcodes that would raise if they were executed."""
-        own = {name.removeprefix("_run_") for name in dir(Machine) if name.startswith("_run_")}
-        return {i.name for i in kernel.instructions if i.opcode not in own | set(arithmetic.TABLE) | set(BRANCHES)}
+        return {i.name for i in kernel.instructions if i.opcode not in BRANCHES and look_up(i) is None}
 
-    def run(self, lanes: Lanes, budget: int) -> int:
-        """To the end of all lanes; returns the basic blocks that were run."""
-        pcs, end, done = np.zeros(lanes.count, np.int64), len(self.steps), 0
-        blocks = {start: stop for start, stop in zip(self.starts, [*self.starts[1:], end], strict=True)}
-        while True:
-            pc = int(pcs.min())
-            if pc >= end:
-                return done
-            mask, stop, done = pcs == pc, blocks[pc], done + 1
-            if done > budget:
-                where = self._where(self.kernel.instructions[pc])
-                raise EmulatorError(f"{where}: more than {budget} basic blocks: {lanes.who(int(mask.argmax()))} loops")
-            for index in range(pc, stop):
-                if self.kernel.instructions[index].opcode in BRANCHES:
-                    break
-                self.steps[index](lanes, mask)
-            else:
-                pcs[mask] = stop
-                continue
-            self._branch(self.kernel.instructions[index], lanes, mask, pcs, index)
+    def uses(self, *opcodes: str) -> bool:
+        """Whether the kernel has any of these, told by the beginnings of their names."""
+        return any(at.name.startswith(opcodes) for at in self.kernel.instructions)
 
-    def _branch(self, at: Instruction, lanes: Lanes, mask: np.ndarray, pcs: np.ndarray, index: int) -> None:
-        taken = self._guarded(at, lanes, mask)
-        pcs[mask] = index + 1
+    def meets(self) -> bool:
+        """Whether threads can meet: in shared memory, or at anything that waits."""
+        return self.shared_bytes > 0 or any(e is not None and e.blocks for e in self.entries)
+
+    # -- running ------------------------------------------------------------------------------------------------------
+
+    def run(self, lanes: Lanes) -> None:
+        """Until every lane has exited or waits, or has asked in vain and should let other groups go on."""
+        lanes.yielded = False
+        while lanes.wake() and not lanes.yielded:
+            running = ~lanes.parked & ~lanes.exited
+            pc = int(np.where(running, lanes.pcs, self.end).min())
+            mask = running & (lanes.pcs == pc)
+            lanes.steps += 1
+            if lanes.steps > self.budget:
+                where = self.where(pc)
+                who = lanes.who(int(mask.argmax()))
+                raise EmulatorError(f"{where}: more than {self.budget} basic blocks: {who} loops")
+            self._block(lanes, Active(mask, bool((mask | lanes.exited).all())), pc)
+
+    def _block(self, lanes: Lanes, active: Active, pc: int) -> None:
+        """One basic block, from ``pc`` on."""
+        stop = int(self.starts[np.searchsorted(self.starts, pc, side="right")])
+        instructions, shadow = self.kernel.instructions, lanes.unit.shadow
+        for index in range(pc, stop):
+            at = instructions[index]
+            chosen: Active | None = active
+            try:
+                if at.guard is not None:
+                    chosen = _guarded(at.guard, lanes, active)
+                if at.opcode in BRANCHES:
+                    self._branch(at, lanes, active, chosen, index)
+                    return
+                if chosen is None:
+                    continue
+                if shadow is not None:
+                    shadow.place = index
+                wait = self.steps[index](lanes, chosen)
+            except Fault as fault:
+                raise EmulatorError(self._told(index, lanes, chosen, fault)) from None
+            if wait is not None:
+                wait.pc = index
+                lanes.pcs[active.mask] = index if wait.again else index + 1
+                lanes.pcs[active.mask & ~wait.mask] = index + 1 if not wait.again and not wait.rest else index
+                lanes.parked |= wait.mask
+                lanes.waits.append(wait)
+                return
+        lanes.pcs[active.mask] = stop
+
+    def _branch(self, at: Instruction, lanes: Lanes, active: Active, taken: Active | None, index: int) -> None:
+        lanes.pcs[active.mask] = index + 1
+        if taken is None:
+            return
         if at.opcode == "bra":
             target = at.operands[-1]
             assert isinstance(target, Symbol)
-            pcs[taken] = self.kernel.labels[target.name]
+            lanes.pcs[taken.mask] = self._label(target.name)
+        elif at.opcode == "brx":
+            which, table = at.operands
+            assert isinstance(table, Symbol)
+            lanes.need([which], taken, "the branch's index")
+            labels = np.array([self._label(name) for name in self.kernel.targets[table.name]])
+            chosen = lanes.number(which, "u32")[taken.mask]
+            if (chosen >= len(labels)).any():
+                raise Fault(f"index {chosen.max()} of {len(labels)} targets", int(chosen.argmax()))
+            lanes.pcs[taken.mask] = labels[chosen]
         else:
-            pcs[taken] = len(self.steps)
+            if lanes.flight:
+                raise Fault("exits while wgmma is in flight")
+            lanes.exited |= taken.mask
+            lanes.pcs[taken.mask] = self.end
 
-    # -- reading and writing registers ------------------------------------------------------------------------------
+    def _label(self, name: str) -> int:
+        if name not in self.kernel.labels:
+            raise Fault(f"there is no label {name}")
+        return self.kernel.labels[name]
 
-    def _where(self, at: Instruction) -> str:
+    # -- saying where -------------------------------------------------------------------------------------------------
+
+    def place(self, index: int) -> str:
+        at = self.kernel.instructions[index]
+        return f"{at.source or 'source unknown'}, PTX line {at.line}, {at.name}"
+
+    def where(self, index: int) -> str:
         name = self.kernel.name if len(self.kernel.name) < 60 else "..." + self.kernel.name[-57:]
-        return f"{name}, {at.source or 'source unknown'}, PTX line {at.line}, {at.name}"
+        return f"{name}, {self.place(index)}"
 
-    def _guarded(self, at: Instruction, lanes: Lanes, mask: np.ndarray) -> np.ndarray:
-        if at.guard is None:
-            return mask
-        holds = self._bits(at.guard, "pred", lanes)
-        self._need(at, [at.guard], lanes, mask, "the predicate")
-        return mask & (~holds if at.negated else holds)
+    def _told(self, index: int, lanes: Lanes, active: Active | None, fault: Fault) -> str:
+        ids = np.flatnonzero((active or Active(~lanes.exited, True)).mask)
+        lane = int(ids[min(fault.position or 0, len(ids) - 1)]) if len(ids) else 0
+        others = "" if fault.position is not None or len(ids) < 2 else " and others"
+        return f"{self.where(index)}: {fault} in {lanes.who(lane)}{others}"
 
-    def _bits(self, operand: Operand, kind: str, lanes: Lanes) -> Bits:
-        if isinstance(operand, Immediate):
-            return _constant(operand.value, kind)
-        assert isinstance(operand, Register)
-        if operand.name in lanes.special:
-            return lanes.special[operand.name]
-        held = lanes.registers.get(operand.name)
-        if held is None:
-            held = np.zeros(lanes.count, types.STORAGE[self.kernel.type_of(operand.name)])
-            lanes.registers[operand.name] = held
-            lanes.defined[operand.name] = np.zeros(lanes.count, bool)
-        return held
+    # -- preparing ----------------------------------------------------------------------------------------------------
 
-    def _number(self, operand: Operand, kind: str, lanes: Lanes) -> np.ndarray:
-        return types.from_bits(self._bits(operand, kind, lanes), kind)
+    def _step(self, at: Instruction, entry: Opcode | None) -> Run:
+        """What runs this instruction for the active lanes."""
+        if at.opcode in BRANCHES:
+            return _refuse(at)
+        at = self._resolved(at)
+        if entry is None:
+            return _refuse(at)
+        if entry.execute is None:
+            return _computing(at, entry)
+        execute, whole = entry.execute, entry.whole
+        if not whole:
+            return lambda lanes, active: execute(at, lanes, active)
 
-    def _undefined(self, operands: list[Operand], lanes: Lanes) -> np.ndarray | None:
-        """Lanes in which any of the registers is undefined; None where there are none."""
-        result = None
-        for operand in operands:
-            defined = lanes.defined.get(operand.name) if isinstance(operand, Register) else None
-            if defined is not None:
-                result = ~defined if result is None else result | ~defined
-        return result
+        def together(lanes: Lanes, active: Active) -> Wait | None:
+            return _companions(lanes, active, whole) or execute(at, lanes, active)
 
-    def _need(self, at: Instruction, operands: list[Operand], lanes: Lanes, mask: np.ndarray, what: str) -> None:
-        for operand in operands:
-            self._bits(operand, "b64", lanes) if isinstance(operand, Register) else None
-        undefined = self._undefined(operands, lanes)
-        if undefined is not None and (undefined & mask).any():
-            lane = int((undefined & mask).argmax())
-            raise EmulatorError(f"{self._where(at)}: {what} is undefined in {lanes.who(lane)}")
+        return together
 
-    def _write(self, to: Register, bits: Bits, lanes: Lanes, mask: np.ndarray, undefined: np.ndarray | None) -> None:
-        if to.name == "_":
-            return
-        storage = types.STORAGE[self.kernel.type_of(to.name)]
-        bits = np.broadcast_to(bits, lanes.count).astype(storage, copy=False)
-        if mask.all():
-            lanes.registers[to.name] = bits
-            lanes.defined.pop(to.name, None)
-            if undefined is not None:
-                lanes.defined[to.name] = ~undefined
-            return
-        held = self._bits(to, "b64", lanes)
-        lanes.registers[to.name] = np.where(mask, bits, held)
-        defined = lanes.defined.get(to.name)
-        if defined is not None or undefined is not None:
-            before = np.ones(lanes.count, bool) if defined is None else defined
-            now = np.ones(lanes.count, bool) if undefined is None else ~undefined
-            merged = np.where(mask, now, before)
-            lanes.defined[to.name] = merged
-            if merged.all():
-                del lanes.defined[to.name]
+    def _resolved(self, at: Instruction) -> Instruction:
+        """With the addresses of variables in place of their names."""
 
-    # -- instructions -----------------------------------------------------------------------------------------------
+        def resolve(operand: Operand) -> Operand:
+            if isinstance(operand, Symbol) and operand.name in self.variables:
+                return Immediate(self.variables[operand.name])
+            if isinstance(operand, Symbol) and operand.name in self.kernel.parameters:
+                return Immediate(self.kernel.parameters[operand.name][0])
+            if isinstance(operand, Symbol) and operand.name == "WARP_SZ":
+                return Immediate(32)
+            if isinstance(operand, Address) and operand.base in self.variables:
+                return Address(None, self.variables[str(operand.base)] + operand.offset, operand.coordinates)
+            return operand
 
-    def _step(self, at: Instruction) -> Callable[[Lanes, np.ndarray], None]:
-        """What runs this instruction for the lanes of a mask."""
-        special = getattr(self, f"_run_{at.opcode}", None)
-        if special is None and at.opcode in arithmetic.TABLE:
-            special = self._run_arithmetic
-        if special is None and at.opcode not in BRANCHES:
-            special = self._refuse
+        fields = {**at.__dict__, "operands": tuple(resolve(o) for o in at.operands)}
+        return Instruction(**fields)
 
-        def step(lanes: Lanes, mask: np.ndarray) -> None:
-            chosen = self._guarded(at, lanes, mask)
-            if special is not None and chosen.any():
-                with np.errstate(all="ignore"):
-                    special(at, lanes, chosen)
 
-        return step
+def _place(kernel: Kernel, memory: GlobalMemory, dynamic: int) -> tuple[dict[str, int], int, int]:
+    """Addresses of variables, and the bytes of shared and of local memory; dynamic shared memory lies last."""
+    addresses: dict[str, int] = {}
+    used = {"shared": SHARED_FIRST, "local": 0}
+    order = sorted(kernel.variables.items(), key=lambda item: item[1].size == 0)
+    for name, variable in order:
+        if variable.space in used:
+            step = max(variable.alignment, 1024 if variable.size == 0 else 1)
+            addresses[name] = -(-used[variable.space] // step) * step
+            if variable.size:
+                used[variable.space] = addresses[name] + variable.size
+            else:
+                used[variable.space] = max(used[variable.space], addresses[name] + dynamic)
+        else:
+            data = np.zeros(max(variable.size, 1), np.uint8)
+            data[: len(variable.initial)] = np.frombuffer(variable.initial, np.uint8)
+            addresses[name] = memory.add(name, data)
+    return addresses, used["shared"] - SHARED_FIRST, used["local"]
 
-    def _refuse(self, at: Instruction, lanes: Lanes, mask: np.ndarray) -> None:
-        raise EmulatorError(f"{self._where(at)}: this opcode is not known")
 
-    def _run_arithmetic(self, at: Instruction, lanes: Lanes, mask: np.ndarray) -> None:
-        compute = arithmetic.TABLE[at.opcode][1]
-        kind = at.modifiers[-1]
-        to, *sources = at.operands
-        kinds = [kind] * len(sources)
-        if at.opcode in ("shl", "shr", "bfe"):
-            kinds[1:] = ["u32"] * len(kinds[1:])
-        elif at.opcode == "selp" or (at.opcode == "setp" and len(sources) == 3):
-            kinds[2] = "pred"
-        numbers = [self._number(s, k, lanes) for s, k in zip(sources, kinds, strict=True)]
-        result = compute(at.modifiers, *numbers)
-        out = "pred" if at.opcode == "setp" else kind
-        if "wide" in at.modifiers:
-            out = kind[0] + str(2 * int(kind[1:]))
-        assert isinstance(to, Register)
-        self._write(to, types.to_bits(result, out), lanes, mask, self._undefined(sources, lanes))
+def _guarded(guard: Register, lanes: Lanes, active: Active) -> Active | None:
+    """The active lanes in which the predicate holds."""
+    holds = lanes.bits(guard, "pred")
+    if guard.name in lanes.defined:
+        lanes.need([guard], active, "the predicate")
+    mask = active.mask & holds
+    if mask.all():
+        return active
+    if not mask.any():
+        return None
+    return Active(mask, active.full and bool((mask | lanes.exited).all()))
 
-    def _run_mov(self, at: Instruction, lanes: Lanes, mask: np.ndarray) -> None:
-        """9.7.9; of a vector the elements come from the lowest bits on."""
-        to, source = at.operands
-        if isinstance(source, Vector):
-            part = 8 * types.width(at.modifiers[-1]) // len(source.elements)
-            total = np.zeros(lanes.count, np.uint64)
-            for k, element in enumerate(source.elements):
-                total |= self._bits(element, f"b{part}", lanes).astype(np.uint64) << np.uint64(k * part)
-            assert isinstance(to, Register)
-            self._write(to, total, lanes, mask, self._undefined(list(source.elements), lanes))
-        elif isinstance(to, Vector):
-            part = 8 * types.width(at.modifiers[-1]) // len(to.elements)
-            bits = self._bits(source, at.modifiers[-1], lanes).astype(np.uint64)
+
+def _companions(lanes: Lanes, active: Active, size: int) -> Wait | None:
+    """A wait for the other lanes of a warp (or warpgroup) that is here in part only; None where all are whole."""
+    if active.full and not lanes.exited.any() and lanes.count % size == 0:
+        return None
+    what = "warp" if size == 32 else "warpgroup"
+    if lanes.count % size:
+        raise Fault(f"a block of {lanes.count} threads has no whole {what}s")
+    exists = lanes.unit.exists[lanes.threads].reshape(-1, size)
+    here = active.mask.reshape(-1, size)
+    if (here.any(axis=1) & (lanes.exited.reshape(-1, size) & exists).any(axis=1)).any():
+        raise Fault(f"lanes of the same {what} have exited")
+    partial = here.any(axis=1) & (here != exists).any(axis=1)
+    if not partial.any():
+        return None
+    parties = np.repeat(partial, size) & exists.ravel()
+    wait = Wait(active.mask & parties, lambda: False, f"the other lanes of its {what}", again=True)
+    wait.ready = lambda: bool((lanes.pcs[parties] == wait.pc).all())
+    return wait
+
+
+def _undefined_choice(lanes: Lanes, sources: Sequence[Operand], p: np.ndarray) -> np.ndarray | None:
+    """(L,) where a selection's predicate, or what it chooses, is undefined."""
+    none = np.zeros(lanes.count, bool)
+    first, second, by = (u if (u := lanes.undefined([s])) is not None else none for s in sources)
+    result = np.where(p, first, second) | by
+    return result if result.any() else None
+
+
+def _refuse(at: Instruction) -> Run:
+    def run(lanes: Lanes, active: Active) -> None:
+        raise Fault("this opcode is not known")
+
+    return run
+
+
+def _kinds(at: Instruction, count: int) -> tuple[str, list[str]]:
+    """The types of the result and of the operands."""
+    kind = at.kind
+    kinds = [kind] * count
+    if at.opcode == "prmt":
+        return "b32", ["b32"] * count
+    if at.opcode == "selp":  # bits, whatever they mean
+        kind = f"b{8 * types.width(kind)}"
+        return kind, [kind, kind, "pred"]
+    if at.opcode in ("shl", "shr", "bfe"):
+        kinds[1:] = ["u32"] * (count - 1)
+    elif at.opcode in ("bfi", "shf"):
+        kinds[2:] = ["u32"] * (count - 2)
+    elif at.opcode == "setp" and count == 3:
+        kinds[2] = "pred"
+    elif at.opcode == "slct":
+        chosen = f"b{8 * types.width(at.modifiers[-2])}"
+        return chosen, [chosen, chosen, kind]
+    elif at.opcode == "set":
+        return at.modifiers[-2], kinds
+    if at.opcode in ("setp", "testp"):
+        return "pred", kinds
+    if at.opcode in ("popc", "clz", "bfind"):
+        return "u32", kinds
+    if "wide" in at.modifiers:
+        wide = kind[0] + str(2 * int(kind[1:]))
+        return wide, [*kinds[:2], *[wide] * (count - 2)]
+    return kind, kinds
+
+
+def _computing(at: Instruction, entry: Opcode) -> Run:
+    """What computes one result from numbers of one type, but for the operands that PTX gives another."""
+    compute, modifiers = entry.compute, at.modifiers
+    assert compute is not None
+    to, *sources = at.operands
+    out, kinds = _kinds(at, len(sources))
+    pairs = list(zip(sources, kinds, strict=True))
+    ftz, chooses = "ftz" in modifiers, at.opcode == "selp"
+    bits_of = types.to_bits if at.opcode in ("neg", "abs", "copysign") else types.to_result
+
+    def run(lanes: Lanes, active: Active) -> None:
+        numbers = [lanes.number(s, k) for s, k in pairs]
+        if ftz:
+            numbers = [types.flushed(n) if n.dtype == np.float32 else n for n in numbers]
+        result = compute(modifiers, *numbers)
+        if ftz and result.dtype == np.float32:
+            result = types.flushed(result)
+        undefined = lanes.undefined(sources) if lanes.defined else None
+        if chooses and undefined is not None:  # of what is chosen only
+            undefined = _undefined_choice(lanes, sources, numbers[2])
+        if isinstance(to, Vector):  # setp.p|q: of packed types one predicate of each half, else also the opposite
+            both = result if result.ndim > 1 else np.stack([result, opposite(modifiers, *numbers)], axis=-1)
             for k, element in enumerate(to.elements):
-                assert isinstance(element, Register)
-                piece = bits >> np.uint64(k * part) & np.uint64((1 << part) - 1)
-                self._write(element, piece, lanes, mask, self._undefined([source], lanes))
+                lanes.write(element, both[..., k], active, undefined)
         else:
-            self._run_arithmetic(at, lanes, mask)
+            lanes.write(to, bits_of(result, out), active, undefined)
 
-    def _run_cvt(self, at: Instruction, lanes: Lanes, mask: np.ndarray) -> None:
-        """9.7.9: integer to integer wraps, float to integer rounds as told and saturates."""
-        to_kind, from_kind = at.modifiers[-2:]
-        to, source = at.operands
-        value = self._number(source, from_kind, lanes)
-        if to_kind[0] in "us" and value.dtype.kind == "f":
-            rounding = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
-            (how,) = (rounding[m] for m in at.modifiers if m in rounding)
-            limits = np.iinfo(types.ARITHMETIC[to_kind])
-            value = np.clip(np.nan_to_num(how(value.astype(np.float64)), nan=0.0), limits.min, limits.max)
-        assert isinstance(to, Register)
-        self._write(to, types.to_bits(value, to_kind), lanes, mask, self._undefined([source], lanes))
-
-    def _run_ld(self, at: Instruction, lanes: Lanes, mask: np.ndarray) -> None:
-        """9.7.9."""
-        kind, count = at.modifiers[-1], _count(at)
-        size = types.width(kind) * count
-        to, address = at.operands
-        assert isinstance(address, Address)
-        targets = to.elements if isinstance(to, Vector) else (to,)
-        if "param" in at.modifiers:
-            offset, length = self.kernel.parameters[str(address.base)]
-            if address.offset + size > length:
-                raise EmulatorError(f"{self._where(at)}: reads past the parameter's {length} bytes")
-            first = offset + address.offset
-            raw = np.broadcast_to(self.parameters[first : first + size], (lanes.count, size))
-        else:
-            self._only_global(at)
-            raw = np.zeros((lanes.count, size), np.uint8)
-            raw[mask] = self.memory.load(self._addresses(at, address, lanes, mask), size, self._where(at))
-        for k, target in enumerate(targets):
-            part = np.ascontiguousarray(raw[:, k * types.width(kind) : (k + 1) * types.width(kind)])
-            number = part.view(types.ARITHMETIC[kind] if kind[0] == "s" else types.STORAGE[kind])[:, 0]
-            assert isinstance(target, Register)
-            storage = types.STORAGE[self.kernel.type_of(target.name)]
-            self._write(target, number.astype(storage), lanes, mask, None)
-
-    def _run_st(self, at: Instruction, lanes: Lanes, mask: np.ndarray) -> None:
-        """9.7.9."""
-        kind, size = at.modifiers[-1], types.width(at.modifiers[-1])
-        address, value = at.operands
-        assert isinstance(address, Address)
-        self._only_global(at)
-        sources = list(value.elements) if isinstance(value, Vector) else [value]
-        self._need(at, sources, lanes, mask, "the stored value")
-        parts = []
-        for source in sources:
-            bits = np.broadcast_to(self._bits(source, kind, lanes), lanes.count).astype(types.STORAGE[kind])
-            parts.append(np.ascontiguousarray(bits)[:, None].view(np.uint8).reshape(lanes.count, size))
-        values = np.concatenate(parts, axis=1)[mask]
-        self.memory.store(self._addresses(at, address, lanes, mask), values, self._where(at))
-
-    def _only_global(self, at: Instruction) -> None:
-        if "global" not in at.modifiers:
-            raise EmulatorError(f"{self._where(at)}: only global memory and parameters are known")
-
-    def _addresses(self, at: Instruction, address: Address, lanes: Lanes, mask: np.ndarray) -> np.ndarray:
-        assert isinstance(address.base, Register)
-        self._need(at, [address.base], lanes, mask, "the address")
-        return self._number(address.base, "s64", lanes)[mask] + address.offset
-
-
-def _count(at: Instruction) -> int:
-    return {"v2": 2, "v4": 4, "v8": 8}.get(at.modifiers[-2], 1) if len(at.modifiers) > 1 else 1
-
-
-def _constant(value: int | float, kind: str) -> Bits:
-    if kind == "pred":
-        return np.array(bool(value))
-    if isinstance(value, float):
-        return types.to_bits(np.array(value), kind)
-    return np.array(value & ((1 << 8 * types.width(kind)) - 1)).astype(types.STORAGE[kind])
+    return run
