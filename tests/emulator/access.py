@@ -16,7 +16,7 @@ ACCESSES = ("ld", "st", "atom", "red")
 
 
 def space_of(at: Instruction) -> str:
-    """"generic" where the instruction does not say."""
+    """ "generic" where the instruction does not say."""
     return next((m for m in at.modifiers if m in SPACES), "generic")
 
 
@@ -77,7 +77,8 @@ def load(at: Instruction, lanes: Lanes, active: Active, where: np.ndarray, size:
     ids = np.flatnonzero(active.mask)
     for space, chosen, inside in spaces(at, where):
         if space == "global":
-            raw[chosen] = lanes.unit.memory.load(inside[chosen], size)
+            blocks = None if is_strong(at) else lanes.grid_block[ids[chosen]]
+            raw[chosen] = lanes.unit.memory.load(inside[chosen], size, blocks)
         elif space == "param":
             if ((inside < 0) | (inside + size > len(lanes.unit.parameters)))[chosen].any():
                 raise Fault(f"reads past the kernel's {len(lanes.unit.parameters)} bytes of parameters")
@@ -99,7 +100,8 @@ def store(at: Instruction, lanes: Lanes, active: Active, where: np.ndarray, valu
     ids = np.flatnonzero(active.mask)
     for space, chosen, inside in spaces(at, where):
         if space == "global":
-            lanes.unit.memory.store(inside[chosen], values[chosen])
+            blocks = None if is_strong(at) else lanes.grid_block[ids[chosen]]
+            lanes.unit.memory.store(inside[chosen], values[chosen], blocks)
         elif space == "local":
             _local(lanes, inside[chosen], size)[ids[chosen][:, None], span(inside[chosen], size)] = values[chosen]
         elif space == "param":

@@ -5,18 +5,16 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from emulator.compilers import find, nvcc_ptx
+from emulator.compilers import CSRC, compiled, find
 from emulator.launch import Struct, emulate
-from emulator.unit import Schedule
+from emulator.unit import LOCKSTEP, Schedule
 from refinenet_fast.backends.native import Native
 
-CSRC = Path(__file__).parents[2] / "csrc"
 THREADS = 256  # kThreads in csrc/cuda/launch.h
 STRIP = 16  # kStrip in csrc/cuda/maxpool5.cu
 # By the numbers of DType in csrc/common/arguments.h: bytes of an element, and its name in a mangled kernel's.
@@ -102,8 +100,8 @@ class Emulated(Native):
     device_type = "cpu"
     dtypes = (torch.float32, torch.float16, torch.bfloat16)
 
-    def __init__(self, nvcc: str, arch: str = "sm_80", schedule: Schedule = Schedule()) -> None:
-        self.nvcc, self.arch, self.schedule = nvcc, arch, schedule
+    def __init__(self, arch: str = "sm_80", schedule: Schedule = LOCKSTEP) -> None:
+        self.arch, self.schedule = arch, schedule
 
     def unavailable(self) -> str | None:
         return None
@@ -123,8 +121,7 @@ class Emulated(Native):
         ]
         arguments = Struct(f"{len(buffers)}Q{entry.layout}", (*buffers, *entry.arguments(rest)))
         flags = "".join(f"Lb{int(flag)}E" for flag in entry.flags(pointers, rest))
-        kernels = nvcc_ptx(str(CSRC / "cuda" / entry.source), str(CSRC), self.arch, self.nvcc)
-        kernel = find(kernels, f"{entry.kernel}I{mangled}Li{lanes}E{flags}E")
+        kernel = find(compiled(CSRC / "cuda" / entry.source, self.arch), f"{entry.kernel}I{mangled}Li{lanes}E{flags}E")
         blocks = -(-threads // lanes // THREADS)
         emulate(kernel, [blocks], [THREADS], [arguments], schedule=self.schedule)
 

@@ -25,6 +25,8 @@ class Barrier:
     expected: int | None  # threads, whole warps; None: all that have not exited
     arrived: int = 0
     clock: Clock = field(default_factory=Clock)
+    members: list[np.ndarray] = field(default_factory=list)  # threads that have arrived
+    times: list[np.ndarray] = field(default_factory=list)  # of their arrivals
     votes: list[np.ndarray] = field(default_factory=list)
     done: bool = False
 
@@ -36,6 +38,7 @@ class Barrier:
             self.done = self.arrived == target
             if self.done:
                 del self.unit.state[self.key]
+                self.unit.state[("before", *self.key)] = np.concatenate(self.members), np.concatenate(self.times)
         return self.done
 
     def __str__(self) -> str:
@@ -67,10 +70,32 @@ def _arrive(lanes: Lanes, active: Active, number: Operand, count: Operand | None
     if barrier.expected != expected:
         raise Fault(f"barrier {which} is waited for with counts {barrier.expected} and {expected}")
     threads = lanes.all_of(active)
+    _own_turn(barrier, threads)
     barrier.arrived += len(threads) if expected is None else 32 * len(np.unique(threads >> 5))
     assert unit.clocks is not None
     barrier.clock.join(unit.clocks.release(threads))
     return barrier
+
+
+def _own_turn(barrier: Barrier, threads: np.ndarray) -> None:
+    """
+    Raises:
+        Fault: Threads arrive for one use of a barrier and do not know that the use before is over: on another run they
+            might take part in that one.
+    """
+    clocks = barrier.unit.clocks
+    assert clocks is not None
+    before, times = barrier.unit.state.get(("before", *barrier.key), (threads[:0], threads[:0]))  # type: ignore[misc]
+    late = clocks.seen[threads][:, before] < times
+    if late.any():
+        position, other = np.argwhere(late)[0]
+        raise Fault(
+            f"race: arrives at barrier {barrier.key[2]}, which {barrier.unit.name(int(before[other]))} has used, and "
+            "does not know that use to be over",
+            int(position),
+        )
+    barrier.members.append(threads)
+    barrier.times.append(clocks.now[threads >> 5].copy())
 
 
 def _sync(lanes: Lanes, active: Active, barrier: Barrier) -> Wait:
@@ -92,7 +117,9 @@ def _bar_sync(at: Instruction, lanes: Lanes, active: Active) -> Wait:
     return _sync(lanes, alike, _arrive(lanes, alike, number, count))
 
 
-@executes("bar.arrive", "bar.cta.arrive", "barrier.arrive.aligned", "barrier.cta.arrive.aligned", section="9.7.14.1", whole=32)
+@executes(
+    "bar.arrive", "bar.cta.arrive", "barrier.arrive.aligned", "barrier.cta.arrive.aligned", section="9.7.14.1", whole=32
+)
 @executes("barrier.arrive", "barrier.cta.arrive", section="9.7.14.1", blocks=True)
 def _bar_arrive(at: Instruction, lanes: Lanes, active: Active) -> None:
     number, count = at.operands
@@ -120,7 +147,8 @@ def _bar_red(at: Instruction, lanes: Lanes, active: Active) -> Wait:
         assert learn is not None
         learn(mask)
         votes = np.concatenate(barrier.votes)
-        result = np.uint32(votes.sum()) if "popc" in at.modifiers else votes.all() if "and" in at.modifiers else votes.any()
+        results = {"popc": np.uint32(votes.sum()), "and": votes.all(), "or": votes.any()}
+        result = next(results[m] for m in at.modifiers if m in results)
         lanes.write(to, np.full(lanes.count, result), Active(mask, bool((mask | lanes.exited).all())))
 
     wait.wake = wake
@@ -233,5 +261,3 @@ def _setmaxnreg(at: Instruction, lanes: Lanes, active: Active) -> None:
     (count,) = at.operands
     if not isinstance(count, Immediate) or count.value % 8 or not 24 <= count.value <= 256:
         raise Fault(f"expected registers from 24 to 256 in eights, got {count}")
-
-

@@ -43,7 +43,14 @@ def _bulk(at: Instruction, lanes: Lanes, active: Active) -> None:
 
 
 def _load_linear(
-    at: Instruction, lanes: Lanes, lane: int, alone: Active, to: Operand, source: Operand, count: int, rest: list[Operand]
+    at: Instruction,
+    lanes: Lanes,
+    lane: int,
+    alone: Active,
+    to: Operand,
+    source: Operand,
+    count: int,
+    rest: list[Operand],
 ) -> None:
     """Into shared memory, from global memory or from shared memory of this block."""
     unit, thread = lanes.unit, int(lanes.threads[lane])
@@ -51,10 +58,10 @@ def _load_linear(
     if int(where[0]) % 16:
         raise Fault(f"address {int(where[0]):#x} is not aligned to 16 bytes")
     if at.modifiers[3] == "global":
-        _bytewise(unit, where, count)
+        unit.memory.load(where[0] + np.arange(0, count, 16), 16)  # bounds
 
         def fetch() -> np.ndarray:
-            return _bytewise(unit, where, count)
+            return _linear(unit, int(where[0]), count, thread)
     else:
         inside = rows(lanes, lane, int(where[0]), count, False)
 
@@ -69,8 +76,10 @@ def _load_linear(
         fill(unit, thread, barrier, offset + np.arange(count), fetch)
 
 
-def _bytewise(unit: Unit, where: np.ndarray, count: int) -> np.ndarray:
-    return np.concatenate(list(unit.memory.load(where[0] + np.arange(0, count, 16), 16)))
+def _linear(unit: Unit, first: int, count: int, thread: int) -> np.ndarray:
+    """(count,) bytes of global memory from an address on, for a thread's copy."""
+    where = first + np.arange(0, count, 16)
+    return unit.memory.load(where, 16, np.full(len(where), unit.grid_block[thread])).ravel()
 
 
 def destinations(
@@ -196,15 +205,16 @@ def _store_linear(
     first = int(addresses(to, lanes, alone)[0])
     where = first + np.arange(0, count, 16)
     unit.memory.load(where, 16)  # bounds
-    reduces = "reduce" in at.modifiers
+    reduces, thread = "reduce" in at.modifiers, int(lanes.threads[lane])
 
     def land() -> None:
         values = unit.shared.data[inside]
         if reduces:
-            values = _reduced(at, _bytewise(unit, np.array([first]), count), values)
-        unit.memory.store(where, values.reshape(-1, 16))
+            values = _reduced(at, unit.memory.load(where, 16).ravel(), values)
+        blocks = None if reduces else np.full(len(where), unit.grid_block[thread])
+        unit.memory.store(where, values.reshape(-1, 16), blocks)
 
-    begin_store(unit, inside, int(lanes.threads[lane]), land)
+    begin_store(unit, inside, thread, land)
 
 
 def _reduced(at: Instruction, old: np.ndarray, new: np.ndarray) -> np.ndarray:
@@ -252,4 +262,6 @@ def _st_async(at: Instruction, lanes: Lanes, active: Active) -> None:
         values = values_of(lanes, sources, at.kind, alone)
         index = shared(lanes, np.array([lane]), addresses(to, lanes, alone), values.shape[1], True)
         barrier = at_index(lanes.unit, int(locate(signal, lanes, alone, True)[0]))
-        fill(lanes.unit, int(lanes.threads[lane]), barrier, index[0] + np.arange(values.shape[1]), lambda v=values: v[0])
+        fill(
+            lanes.unit, int(lanes.threads[lane]), barrier, index[0] + np.arange(values.shape[1]), lambda v=values: v[0]
+        )

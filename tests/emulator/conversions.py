@@ -62,7 +62,10 @@ def _to_float(at: Instruction, value: np.ndarray, to: str) -> np.ndarray:
     if to == "tf32":
         value = _tf32(value, modifiers)
     elif value.dtype.kind in "iu" and value.itemsize == 8 and to != "f64":
-        value = types.odd_sum((value & ~np.array(0xFFF, value.dtype)).astype(np.float64), (value & np.array(0xFFF, value.dtype)).astype(np.float64))
+        value = types.odd_sum(
+            (value & ~np.array(0xFFF, value.dtype)).astype(np.float64),
+            (value & np.array(0xFFF, value.dtype)).astype(np.float64),
+        )
     elif value.dtype.kind in "iu":
         value = value.astype(np.float64)
     for how in ("rz", "rm", "rp"):

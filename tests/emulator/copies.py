@@ -55,17 +55,19 @@ def _cp_async(at: Instruction, lanes: Lanes, active: Active) -> None:
         raise Fault(f"copies {bytes_} bytes")
     # A predicate says whether to ignore the source, a number how much of it to take, 64 bits are a cache policy.
     amounts = np.full(len(ids), bytes_, np.int64)
-    if given and not at.kind.endswith("cache_hint") or len(given) > 1:
+    if (given and not at.kind.endswith("cache_hint")) or len(given) > 1:
         amounts = _amounts(given[0], lanes, active, bytes_)
     found = shared(lanes, ids, addresses(to, lanes, active), bytes_, False)
-    where = addresses(source, lanes, active)
+    where, blocks = addresses(source, lanes, active), lanes.grid_block[ids]
 
     def fetch() -> np.ndarray:
         values = np.zeros((len(ids), bytes_), np.uint8)
         for amount in np.unique(amounts[amounts > 0]):
             mine = amounts == amount
-            whole = unit.memory.load(where[mine], bytes_) if amount == bytes_ else _prefix(unit, where[mine], int(amount), bytes_)
-            values[mine, :amount] = whole[:, :amount]
+            if amount == bytes_:
+                values[mine] = unit.memory.load(where[mine], bytes_, blocks[mine])
+            else:
+                values[mine, :amount] = _prefix(unit, where[mine], int(amount), bytes_)
         return values
 
     fetch()  # bounds are checked now, the bytes are those of when it lands

@@ -89,7 +89,9 @@ def _ld(at: Instruction, lanes: Lanes, active: Active) -> None:
             lanes.yielded = True
     for k, target in enumerate(targets):
         part = slice(k * types.width(kind), (k + 1) * types.width(kind))
-        number = np.ascontiguousarray(raw[:, part]).view(types.ARITHMETIC[kind] if kind[0] == "s" else types.STORAGE[kind])
+        number = np.ascontiguousarray(raw[:, part]).view(
+            types.ARITHMETIC[kind] if kind[0] == "s" else types.STORAGE[kind]
+        )
         assert isinstance(target, Register)
         if target.name != "_":
             bits = number[:, 0].astype(types.STORAGE[lanes.kernel.type_of(target.name)])
@@ -222,18 +224,15 @@ def _ldmatrix(at: Instruction, lanes: Lanes, active: Active) -> None:
     if unit.shadow is not None:
         unit.shadow.load(granules(lanes, rows, 16), threads)
     bytes_at = span(rows, 16)
-    warps = active.mask[::32]
-    values = unit.shared.data[bytes_at].view(np.uint16).reshape(-1, count, 64)
-    valid = unit.shared.valid[bytes_at].reshape(-1, count, 64, 2).all(axis=3)
     chosen = _elements("trans" in at.modifiers)
-    targets = to.elements if isinstance(to, Vector) else (to,)
-    for k, target in enumerate(targets):
-        words = np.zeros((len(warps), 32), np.uint32)
-        pair = values[:, k][:, chosen].astype(np.uint32)
-        words[warps] = pair[..., 0] | pair[..., 1] << np.uint32(16)
-        undefined = np.zeros((len(warps), 32), bool)
-        undefined[warps] = ~valid[:, k][:, chosen].all(axis=2)
-        lanes.write(target, words.ravel(), active, undefined.ravel() if undefined.any() else None)
+    pairs = unit.shared.data[bytes_at].view(np.uint16).reshape(-1, count, 64)[:, :, chosen].astype(np.uint32)
+    words = pairs[..., 0] | pairs[..., 1] << np.uint32(16)  # (W, count, 32), of the active warps
+    valid, lost = unit.shared.valid[bytes_at], None
+    if not valid.all():
+        lost = ~valid.reshape(-1, count, 64, 2).all(axis=3)[:, :, chosen].all(axis=3)
+    for k, target in enumerate(to.elements if isinstance(to, Vector) else (to,)):
+        undefined = None if lost is None else scatter(lanes, active, lost[:, k].ravel())
+        lanes.write(target, scatter(lanes, active, words[:, k].ravel()), active, undefined)
 
 
 @executes("stmatrix", section="9.7.15.5.16", whole=32)
@@ -292,7 +291,16 @@ def _getctarank(at: Instruction, lanes: Lanes, active: Active) -> None:
     lanes.write(to, np.where(ranks > 0, ranks - 1, lanes.block), active, lanes.undefined([source]))
 
 
-@executes("prefetch", "prefetchu", "applypriority", "discard", "nanosleep", "griddepcontrol", "pmevent", section="9.7.9, 9.7.19")
+@executes(
+    "prefetch",
+    "prefetchu",
+    "applypriority",
+    "discard",
+    "nanosleep",
+    "griddepcontrol",
+    "pmevent",
+    section="9.7.9, 9.7.19",
+)
 @executes("cp.async.bulk.prefetch", section="9.7.9.26")
 def _hint(at: Instruction, lanes: Lanes, active: Active) -> None:
     """Changes nothing that can be seen here."""

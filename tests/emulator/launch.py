@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from emulator import arithmetic, barriers, bulk, conversions, copies, data, floats, mbarrier, tensorcore, tensors, warps, wgmma
+from emulator import (
+    arithmetic,
+    barriers,
+    bulk,
+    conversions,
+    copies,
+    data,
+    floats,
+    mbarrier,
+    tensorcore,
+    tensors,
+    warps,
+    wgmma,
+)
 from emulator.clocks import Clocks
 from emulator.errors import EmulatorError, Fault
 from emulator.machine import Machine
@@ -18,9 +31,13 @@ from emulator.registers import Lanes
 from emulator.scheduler import run
 from emulator.shadow import Shadow
 from emulator.tensormap import TensorMap
-from emulator.unit import Schedule, Unit
+from emulator.unit import LOCKSTEP, Schedule, Unit
 
-FAMILIES = (arithmetic, barriers, bulk, conversions, copies, data, floats, mbarrier, tensorcore, tensors, warps, wgmma)  # fill the table
+# They fill the table of opcodes.
+FAMILIES = (
+    *(arithmetic, floats, conversions, data, warps, barriers),
+    *(mbarrier, copies, bulk, tensors, tensorcore, wgmma),
+)
 BUDGET = 1_000_000  # basic blocks that a group of lanes may run
 THREADS = 4_000_000  # of a grid
 SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_90a": 232_448, "sm_100": 232_448, "sm_100a": 232_448}
@@ -42,7 +59,8 @@ def emulate(
     *,
     cluster: Sequence[int] = (),
     shared: int = 0,
-    schedule: Schedule = Schedule(),
+    schedule: Schedule = LOCKSTEP,
+    unchecked: Collection[str] = (),
     memory: GlobalMemory | None = None,
 ) -> None:
     """Run ``grid`` x ``block`` threads.
@@ -51,12 +69,15 @@ def emulate(
         args: One per parameter: NumPy arrays for pointers (changed in place), numbers, TensorMap, Struct, bytes.
         cluster: Blocks of a cluster; by default what the kernel was compiled for, else one.
         shared: Bytes of dynamic shared memory.
+        unchecked: "proxies": missing proxy fences, "registers": what wgmma has in flight; to go on past such a finding.
         memory: Where the arrays' addresses are made up; by default a new one.
 
     Raises:
         EmulatorError: The launch does not fit the kernel, or the kernel does what it must not.
     """
-    sizes = [_three(kernel, n, s) for n, s in (("grid", grid), ("block", block), ("cluster", cluster or kernel.cluster))]
+    sizes = [
+        _three(kernel, n, s) for n, s in (("grid", grid), ("block", block), ("cluster", cluster or kernel.cluster))
+    ]
     _fits(kernel, sizes)
     memory = GlobalMemory() if memory is None else memory
     maps: list[TensorMap] = []
@@ -64,7 +85,10 @@ def emulate(
     machine = Machine(kernel, memory, shared, BUDGET)
     limit = SHARED_LIMIT.get(kernel.target, 101_376)
     if machine.shared_bytes > limit:
-        raise EmulatorError(f"{kernel.name}: {machine.shared_bytes} bytes of shared memory; {kernel.target} has {limit}")
+        raise EmulatorError(
+            f"{kernel.name}: {machine.shared_bytes} bytes of shared memory; {kernel.target} has {limit}"
+        )
+    memory.watched = not machine.uses("atom", "red.")
     if machine.uses("wgmma", "setmaxnreg"):
         schedule = replace(schedule, lanes=128)  # what has to run together, and no more
     rng = np.random.default_rng(schedule.seed)
@@ -72,7 +96,9 @@ def emulate(
     with np.errstate(all="ignore"):
         for index in rng.permutation(len(units)):
             unit = _unit(machine, units[index], sizes, memory, parameters, schedule, rng)
-            unit.state["maps"] = maps
+            unit.state["maps"], unit.unchecked = maps, unchecked
+            if unit.shadow is not None:
+                unit.shadow.proxies = "proxies" not in unchecked
             run(machine, unit)
 
 

@@ -171,7 +171,9 @@ def _arrive(at: Instruction, lanes: Lanes, active: Active) -> None:
 def _tx(at: Instruction, lanes: Lanes, active: Active) -> None:
     address, count = at.operands
     sign = 1 if "expect_tx" in at.modifiers else -1
-    for index, number in zip(_named(at, address, lanes, active), operand_number(count, lanes, active, "u32"), strict=True):
+    for index, number in zip(
+        _named(at, address, lanes, active), operand_number(count, lanes, active, "u32"), strict=True
+    ):
         barrier = at_index(lanes.unit, int(index))
         barrier.expect(sign * int(number))
         if sign < 0:
@@ -193,7 +195,11 @@ def _wait(at: Instruction, lanes: Lanes, active: Active) -> Wait | None:
         )
 
     over = ended()
-    if not over.any() and "try_wait" in at.modifiers and (unit.schedule.completion == "early" or unit.rng.random() < 0.75):
+    if (
+        not over.any()
+        and "try_wait" in at.modifiers
+        and (unit.schedule.completion == "early" or unit.rng.random() < 0.75)
+    ):
         texts = ", ".join(dict.fromkeys(str(at_index(unit, int(index))) for index in found))
         parities = f" (waits for parity {int(phases[0])})" if parity else ""
         return Wait(active.mask, lambda: bool(ended().any()), texts + parities, again=True)

@@ -17,19 +17,54 @@ SHARED_FIRST = 1024  # the first address of a block's shared memory
 RANK_SHIFT = 24  # a cluster's shared addresses: (rank + 1) << RANK_SHIFT | own address
 
 
-@dataclass
+NOBODY, SEVERAL = -1, -2  # in place of a block's number
+
+
+@dataclass(eq=False)
 class Buffer:
     name: str
     base: int
-    data: np.ndarray  # uint8, contiguous: a view of the caller's array
+    data: np.ndarray  # (bytes,) uint8, contiguous: a view of the caller's array
+
+    def __post_init__(self) -> None:
+        self.writer = np.full(self.data.size, NOBODY, np.int32)  # the block that wrote a byte
+        self.reader = np.full(self.data.size, NOBODY, np.int32)
+
+    def read(self, at: np.ndarray, blocks: np.ndarray) -> None:
+        """Blocks (A,) read bytes (A, size): what another block has written in this launch may come before or after."""
+        writers = self.writer[at]
+        self._alone((writers != NOBODY) & (writers != blocks[:, None]), at, writers, "reads", "wrote")
+        readers = self.reader[at]
+        self.reader[at] = np.where((readers == NOBODY) | (readers == blocks[:, None]), blocks[:, None], SEVERAL)
+
+    def write(self, at: np.ndarray, blocks: np.ndarray, values: np.ndarray) -> None:
+        """Two blocks may write the same value; what one has read no other may write."""
+        writers, readers = self.writer[at], self.reader[at]
+        differ = self.data[at] != values
+        self._alone((writers != NOBODY) & (writers != blocks[:, None]) & differ, at, writers, "writes", "wrote too")
+        self._alone((readers != NOBODY) & (readers != blocks[:, None]), at, readers, "writes", "read")
+        self.writer[at] = blocks[:, None]
+
+    def _alone(self, bad: np.ndarray, at: np.ndarray, others: np.ndarray, verb: str, did: str) -> None:
+        if bad.any():
+            lane, k = np.argwhere(bad)[0]
+            other = int(others[lane, k])
+            who = "several blocks" if other == SEVERAL else f"block {other} of the grid"
+            where = f"byte {int(at[lane, k])} of buffer {self.name}"
+            raise Fault(f"race: {verb} {where}, which {who} {did}; nothing orders blocks", int(lane))
 
 
 class GlobalMemory:
-    """The buffers of one launch, far apart, so that no stray access hits a neighbour."""
+    """The buffers of one launch, far apart, so that no stray access hits a neighbour.
+
+    Attributes:
+        watched: Races between blocks are looked for: not in kernels whose blocks talk to each other by atomics.
+    """
 
     def __init__(self) -> None:
         self.buffers: list[Buffer] = []
         self.bases = np.zeros(0, np.int64)
+        self.watched = False
 
     def add(self, name: str, array: np.ndarray, misaligned: int = 0) -> int:
         """The address of a C-contiguous array, 256 bytes aligned plus ``misaligned``; the same again for the same."""
@@ -55,7 +90,7 @@ class GlobalMemory:
             chosen = which == index
             at = int(chosen.argmax())
             if index < 0:
-                raise Fault(f"address {int(addresses[at]):#x} is in no buffer", at)
+                raise Fault(f"address {int(addresses[at]):#x} is out of bounds (in no buffer)", at)
             buffer = self.buffers[index]
             beyond = chosen & (addresses + size > buffer.base + buffer.data.size)
             if beyond.any():
@@ -72,19 +107,26 @@ class GlobalMemory:
         buffer = self.buffers[index]
         return f"byte {address - buffer.base} of buffer {buffer.name}, which has {buffer.data.size}"
 
-    def load(self, addresses: np.ndarray, size: int) -> np.ndarray:  # (L,) int64 -> (L, size) uint8
+    def load(self, addresses: np.ndarray, size: int, blocks: np.ndarray | None = None) -> np.ndarray:
+        """(A, size) uint8 at addresses (A,) int64, for blocks (A,) of the grid; None: it cannot race."""
         out = np.empty((len(addresses), size), np.uint8)
         for buffer, chosen in self._find(addresses, size):
             at = (addresses[chosen] - buffer.base)[:, None] + np.arange(size)
+            if self.watched and blocks is not None:
+                buffer.read(at, blocks[chosen])
             out[chosen] = buffer.data[at]
         return out
 
-    def store(self, addresses: np.ndarray, values: np.ndarray) -> None:  # (L,) int64, (L, size) uint8
+    def store(self, addresses: np.ndarray, values: np.ndarray, blocks: np.ndarray | None = None) -> None:
+        """Values (A, size) uint8 at addresses (A,) int64, by blocks (A,) of the grid; None: it cannot race."""
         size = values.shape[1]
         for buffer, chosen in self._find(addresses, size):
             mine = addresses[chosen] - buffer.base
             agree(mine, values[chosen], f"buffer {buffer.name}")
-            buffer.data[mine[:, None] + np.arange(size)] = values[chosen]
+            at = mine[:, None] + np.arange(size)
+            if self.watched and blocks is not None:
+                buffer.write(at, blocks[chosen], values[chosen])
+            buffer.data[at] = values[chosen]
 
 
 class SharedMemory:
@@ -101,7 +143,9 @@ class SharedMemory:
         self.barriers = np.zeros(blocks * self.size, bool)
         self.gone = np.zeros(blocks, bool)  # blocks all of whose threads have exited
 
-    def find(self, addresses: np.ndarray, size: int, own: np.ndarray, cluster: bool, opaque: bool = False) -> np.ndarray:
+    def find(
+        self, addresses: np.ndarray, size: int, own: np.ndarray, cluster: bool, opaque: bool = False
+    ) -> np.ndarray:
         """Indices (L,) into ``data`` of addresses (L,) as lanes of the blocks ``own`` (L,) see them.
 
         Args:

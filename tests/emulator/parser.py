@@ -196,7 +196,9 @@ class _Parser:
         match = re.search(r"\.entry\s+([$\w]+)\s*(?:\((.*?)\))?", header, flags=re.S)
         if match is None:
             raise EmulatorError(f"PTX line {line}: cannot read the header of a kernel: {header.strip()[:80]}")
-        kernel = self.kernel = self.kernels[match[1]] = Kernel(match[1], variables=dict(self.module), target=self.target)
+        kernel = self.kernel = self.kernels[match[1]] = Kernel(
+            match[1], variables=dict(self.module), target=self.target
+        )
         for name, sizes in re.findall(r"\.(reqntid|reqnctapercluster)\s+([\d, ]+)", header):
             found = tuple(int(s) for s in sizes.split(","))
             kernel.threads, kernel.cluster = (found, kernel.cluster) if name == "reqntid" else (kernel.threads, found)

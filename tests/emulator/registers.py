@@ -6,7 +6,7 @@ address, a stored value or a branch. A register that an asynchronous wgmma is st
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -59,6 +59,7 @@ class Lanes:
         self.count = len(threads)
         self.special = {name: values[threads] for name, values in unit.special.items()}
         self.block = unit.block_of[threads]  # (L,) which of the unit's blocks
+        self.grid_block = unit.grid_block[threads]  # (L,) of the grid's
         self.registers: dict[str, Bits] = {}
         self.defined: dict[str, np.ndarray] = {}  # (L,) bool; absent: in all lanes
         self.pcs = np.zeros(self.count, np.int64)
@@ -107,12 +108,19 @@ class Lanes:
         self.registers[name], self.defined[name] = held, np.zeros(self.count, bool)
         return held
 
+    def columns(self, operands: Sequence[Operand], kind: str) -> Bits:
+        """(R, L) of several operands."""
+        found = [self.bits(operand, kind) for operand in operands]
+        return np.array([bits if bits.ndim else np.full(self.count, bits) for bits in found])
+
     def number(self, operand: Operand, kind: str) -> np.ndarray:
         return types.from_bits(self.bits(operand, kind), kind)
 
     def undefined(self, operands: Iterable[Operand]) -> np.ndarray | None:
         """(L,) lanes in which any of the registers is undefined; None where there are none."""
         result = None
+        if not self.defined:
+            return None
         for operand in operands:
             defined = self.defined.get(operand.name) if isinstance(operand, Register) else None
             if defined is not None:

@@ -17,7 +17,7 @@ def run(machine: Machine, unit: Unit) -> None:
     while alive := [group for group in unit.groups if not group.done]:
         ready = [group for group in alive if group.wake()]
         shuffled = unit.schedule.completion == "shuffled"
-        if unit.pending and (not ready or shuffled and unit.rng.random() < LANDING):
+        if unit.pending and (not ready or (shuffled and unit.rng.random() < LANDING)):
             _land(machine, unit)
         elif ready:
             # One that has just asked in vain lets others go first.

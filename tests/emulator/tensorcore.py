@@ -51,29 +51,37 @@ def fragment_c(columns: int) -> tuple[np.ndarray, np.ndarray]:
     return lane // 4 + 8 * (index >> 1 & 1), 8 * (index >> 2) + 2 * (lane % 4) + (index & 1)
 
 
-def accumulators(lanes: Lanes, registers: Vector, kind: str) -> tuple[np.ndarray, np.ndarray]:
-    """(L, E) numbers of a lane's accumulators, of f16 two in a register, and (L, E) where they are undefined."""
-    values, undefined = [], []
-    for register in registers.elements:
-        bits = np.broadcast_to(lanes.bits(register, "b32"), lanes.count)
-        bad = lanes.undefined([register])
-        numbers = types.from_bits(bits, "f16x2" if kind == "f16" else kind).reshape(lanes.count, -1)
-        values.append(numbers.astype(np.float64))
-        undefined.append(np.repeat((np.zeros(lanes.count, bool) if bad is None else bad)[:, None], numbers.shape[1], 1))
-    return np.concatenate(values, axis=1), np.concatenate(undefined, axis=1)
+def accumulators(lanes: Lanes, registers: Vector, kind: str) -> tuple[np.ndarray, np.ndarray | None]:
+    """(E, L) numbers of the lanes' accumulators, of f16 two in a register, and where they are undefined."""
+    bits = lanes.columns(registers.elements, "b32")
+    if kind == "f16":
+        numbers = types.from_bits(bits, "f16x2").transpose(0, 2, 1).reshape(-1, lanes.count)
+    else:
+        numbers = types.from_bits(bits, kind)
+    bad = undefined(lanes, registers)
+    return numbers.astype(np.float64), None if bad is None else np.repeat(bad, len(numbers) // len(bits), axis=0)
+
+
+def undefined(lanes: Lanes, registers: Vector) -> np.ndarray | None:
+    """(R, L) where registers are undefined; None: nowhere."""
+    found = [lanes.undefined([register]) for register in registers.elements] if lanes.defined else []
+    if all(bad is None for bad in found):
+        return None
+    return np.array([np.zeros(lanes.count, bool) if bad is None else bad for bad in found])
 
 
 def write_accumulators(
-    lanes: Lanes, registers: Vector, kind: str, values: np.ndarray, undefined: np.ndarray, active: Active
+    lanes: Lanes, registers: Vector, kind: str, values: np.ndarray, bad: np.ndarray | None, active: Active
 ) -> None:
-    """(L, E) numbers into a lane's accumulators."""
+    """(E, L) numbers into the lanes' accumulators, undefined where ``bad``."""
     count = len(registers.elements)
-    bits = types.to_bits(values.reshape(lanes.count, count, -1), "f16x2" if kind == "f16" else kind)
-    bad = undefined.reshape(lanes.count, count, -1).any(axis=2)
-    any_bad = bad.any(axis=0)
-    bits = bits.reshape(lanes.count, count)
+    if kind == "f16":
+        bits = types.to_bits(values.reshape(count, 2, -1).transpose(0, 2, 1), "f16x2")
+        bad = None if bad is None else bad.reshape(count, 2, -1).any(axis=1)
+    else:
+        bits = types.to_bits(values, kind)
     for k, register in enumerate(registers.elements):
-        lanes.write(register, bits[:, k], active, bad[:, k] if any_bad[k] else None)
+        lanes.write(register, bits[k], active, bad[k] if bad is not None and bad[k].any() else None)
 
 
 @executes("mma.sync.aligned", section="9.7.15.5.14", whole=32)
@@ -85,25 +93,33 @@ def _mma(at: Instruction, lanes: Lanes, active: Active) -> None:
         raise Fault("this shape or type of mma is not known")
     assert all(isinstance(x, Vector) for x in (d, a, b, c))
     depth, halves = int(shape[1]), 1 if kind == "tf32" else 2
-    left, bad_left = _matrix(lanes, a, kind, (16, depth), fragment_a(len(a.elements), halves))
-    right, bad_right = _matrix(lanes, b, kind, (depth, 8), fragment_b(len(b.elements), halves))
+    left, bad_left = matrix(lanes, a, kind, (16, depth), fragment_a(len(a.elements), halves))
+    right, bad_right = matrix(lanes, b, kind, (depth, 8), fragment_b(len(b.elements), halves))
     rows, columns = fragment_c(8)
-    products = (left @ right)[:, rows, columns].reshape(lanes.count, -1)
-    bad = (bad_left.any(axis=2)[:, :, None] | bad_right.any(axis=1)[:, None, :])[:, rows, columns]
-    before, bad_before = accumulators(lanes, c, added)
-    write_accumulators(lanes, d, to, before + products, bad_before | bad.reshape(lanes.count, -1), active)
+    before, bad = accumulators(lanes, c, added)
+    products = (left @ right)[:, rows, columns].reshape(lanes.count, -1).T
+    if bad_left is not None or bad_right is not None:
+        lost = np.zeros((len(left), 16, 8), bool)
+        if bad_left is not None:
+            lost |= bad_left.any(axis=2)[:, :, None]
+        if bad_right is not None:
+            lost |= bad_right.any(axis=1)[:, None, :]
+        spread = lost[:, rows, columns].reshape(lanes.count, -1).T
+        bad = spread if bad is None else bad | spread
+    write_accumulators(lanes, d, to, before + products, bad, active)
 
 
-def _matrix(
+def matrix(
     lanes: Lanes, registers: Vector, kind: str, shape: tuple[int, int], where: tuple[np.ndarray, np.ndarray]
-) -> tuple[np.ndarray, np.ndarray]:
-    """(W, *shape) float64 of every warp, and where it is undefined."""
-    warps = lanes.count // 32
-    bits = np.stack([np.broadcast_to(lanes.bits(r, "b32"), lanes.count) for r in registers.elements], axis=1)
-    values, undefined = np.zeros((warps, *shape)), np.zeros((warps, *shape), bool)
-    values[:, where[0], where[1]] = operand(bits.reshape(warps, 32, -1), kind)
-    for k, register in enumerate(registers.elements):
-        bad = lanes.undefined([register])
-        if bad is not None:
-            undefined[:, where[0][:, k], where[1][:, k]] = bad.reshape(warps, 32, 1)
-    return values, undefined
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """(W, *shape) float64 of every warp, and where it is undefined; None: nowhere."""
+    warps, count = lanes.count // 32, len(registers.elements)
+    numbers = operand(lanes.columns(registers.elements, "b32"), kind).reshape(count, warps, 32, -1)
+    values = np.empty((warps, *shape))
+    values[:, where[0], where[1]] = numbers.transpose(1, 2, 0, 3)
+    bad = undefined(lanes, registers)
+    if bad is None:
+        return values, None
+    lost = np.zeros((warps, *shape), bool)
+    lost[:, where[0], where[1]] = bad.reshape(count, warps, 32, 1).transpose(1, 2, 0, 3)
+    return values, lost

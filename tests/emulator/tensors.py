@@ -118,9 +118,13 @@ def _load_tensor(at: Instruction, lanes: Lanes, lane: int, alone: Active) -> Non
     unit, (tensor, position, inside) = lanes.unit, _box(at, lanes, alone, source)
     size, outside = SIZES[tensor.kind], _outside(tensor)
 
+    where = unit.memory.add("", tensor.whole) + position[inside] * size
+    blocks = np.full(len(where), lanes.grid_block[lane])
+
     def fetch() -> np.ndarray:
-        elements = tensor.array.reshape(-1).view(np.uint8).reshape(-1, size)[position]
-        return np.where(inside[:, None], elements, outside).ravel()
+        elements = np.tile(outside, (len(position), 1))
+        elements[inside] = unit.memory.load(where, size, blocks)
+        return elements.ravel()
 
     for index, barrier in destinations(at, lanes, lane, alone, to, rest, 16):
         fill(unit, int(lanes.threads[lane]), barrier, _layout(lanes, index, tensor), fetch)
@@ -134,8 +138,10 @@ def _store_tensor(at: Instruction, lanes: Lanes, lane: int, alone: Active) -> No
     index = int(shared(lanes, np.array([lane]), first, 1, False)[0])
     cells = _layout(lanes, index, tensor)
 
+    where = unit.memory.add("", tensor.whole) + position[inside] * size
+    blocks = np.full(len(where), lanes.grid_block[lane])
+
     def land() -> None:
-        elements = unit.shared.data[cells].reshape(-1, size)[inside]
-        tensor.array.reshape(-1).view(np.uint8).reshape(-1, size)[position[inside]] = elements
+        unit.memory.store(where, unit.shared.data[cells].reshape(-1, size)[inside], blocks)
 
     begin_store(unit, cells, int(lanes.threads[lane]), land, cells.reshape(-1, size)[inside].ravel())

@@ -6,7 +6,7 @@ of lanes; nothing but speed changes by it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -32,6 +32,9 @@ class Schedule:
     lanes: int = 1024
     seed: int = 0
     completion: str = "early"
+
+
+LOCKSTEP = Schedule()
 
 
 @dataclass(eq=False)
@@ -67,10 +70,13 @@ class Unit:
     groups: list[Lanes] = field(default_factory=list)
     pending: list[Copy] = field(default_factory=list)
     state: dict[object, object] = field(default_factory=dict)  # of barriers and copies, by their modules
+    unchecked: Collection[str] = ()  # rules not to be enforced: "proxies", "registers"
     at_end: list[Callable[[], None]] = field(default_factory=list)  # checks when all threads have exited
 
     def __post_init__(self) -> None:
         grid, block, cluster = self.sizes
+        x, y, z = self.threads[:, :3].astype(np.int64).T
+        self.grid_block = (x + grid[0] * (y + grid[1] * z)).astype(np.int32)  # (T,) the number of its block
         count = len(self.threads)
         linear = self.threads[:, 3] + block[0] * (self.threads[:, 4] + block[1] * self.threads[:, 5])
         inside = self.threads[:, :3] % np.array(cluster, np.uint32)
@@ -100,11 +106,13 @@ class Unit:
             numbers = {"nctaid": grid[k], "ntid": block[k], "cluster_nctaid": cluster[k]}
             numbers["nclusterid"] = -(-grid[k] // cluster[k])
             special |= {f"%{name}.{axis}": np.full(count, number) for name, number in numbers.items()}
-        self.special = {name: (values.astype(np.int64) & 0xFFFFFFFF).astype(np.uint32) for name, values in special.items()}
+        self.special = {
+            name: (values.astype(np.int64) & 0xFFFFFFFF).astype(np.uint32) for name, values in special.items()
+        }
         self.special["%is_explicit_cluster"] = np.full(count, size > 1)
 
     def name(self, thread: int) -> str:
-        """"block (0, 0, 0), thread (3, 0, 0)"."""
+        """ "block (0, 0, 0), thread (3, 0, 0)"."""
         numbers = self.threads[thread]
         return f"block {tuple(map(int, numbers[:3]))}, thread {tuple(map(int, numbers[3:]))}"
 

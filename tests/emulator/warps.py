@@ -53,7 +53,10 @@ def _shfl(at: Instruction, lanes: Lanes, active: Active) -> Wait | None:
     if (wait := meeting(at, members, lanes, active)) is not None:
         return wait
     value = by_warp(lanes.bits(source, "b32"), lanes)
-    b, c = by_warp(lanes.number(b, "u32"), lanes).astype(np.int64), by_warp(lanes.number(c, "u32"), lanes).astype(np.int64)
+    b, c = (
+        by_warp(lanes.number(b, "u32"), lanes).astype(np.int64),
+        by_warp(lanes.number(c, "u32"), lanes).astype(np.int64),
+    )
     lane, mode = np.arange(32), at.modifiers[1]
     segment, clamp = c >> 8 & 31, c & 31
     last, first = (lane & segment) | (clamp & ~segment), lane & segment

@@ -17,7 +17,7 @@ from emulator.memory import SHARED_FIRST
 from emulator.parser import Immediate, Instruction, Operand, Register, Vector
 from emulator.registers import Active, Lanes
 from emulator.table import executes
-from emulator.tensorcore import accumulators, fragment_a, fragment_c, operand, write_accumulators
+from emulator.tensorcore import accumulators, fragment_a, fragment_c, matrix, operand, write_accumulators
 from emulator.tensormap import swizzled
 
 SWIZZLES = {0: 0, 1: 128, 2: 64, 3: 32}  # bits 62 and 63 of a descriptor -> bytes
@@ -68,24 +68,32 @@ def _mma_async(at: Instruction, lanes: Lanes, active: Active) -> None:
     turn_b = turned[-1] if turned else 0
     assert isinstance(d, Vector)
     _ready(lanes, d, a)
+    flight, lanes.flight = lanes.flight, {}  # its own registers it may use
     if isinstance(a, Vector):
-        left, bad_left = _from_registers(lanes, a, kind, depth)
+        quarters, lost = matrix(lanes, a, kind, (16, depth), fragment_a(len(a.elements), 1 if kind == "tf32" else 2))
+        left, bad_left = quarters.reshape(64, depth), None if lost is None else lost.reshape(64, depth)
     else:
         left, bad_left = _from_shared(lanes, active, a, kind, (64, depth), turned[0] if turned else 0, "A")
     right, bad_right = _from_shared(lanes, active, b, kind, (columns, depth), turn_b, "B")
     sign = int(negate_a.value) * int(negate_b.value)  # type: ignore[union-attr]
-    rows, across = fragment_c(columns)
-    full = (sign * (left @ right.T)).reshape(4, 16, columns)
-    values = full[:, rows, across].reshape(lanes.count, -1)
-    bad = (bad_left.any(axis=1)[:, None] | bad_right.any(axis=1)).reshape(4, 16, columns)
-    undefined = bad[:, rows, across].reshape(lanes.count, -1)
-    flight, lanes.flight = lanes.flight, {}  # its own accumulators it may use
+    values, bad = _spread(sign * (left @ right.T)), None
+    if bad_left is not None or bad_right is not None:
+        rows = np.zeros(64, bool) if bad_left is None else bad_left.any(axis=1)
+        bad = _spread(rows[:, None] | (np.zeros(columns, bool) if bad_right is None else bad_right.any(axis=1)))
     if _accumulates(lanes, active, scale):
         before, bad_before = accumulators(lanes, d, to)
-        values, undefined = before + values, undefined | bad_before
-    write_accumulators(lanes, d, to, values, undefined, active)
+        values = before + values
+        if bad_before is not None:
+            bad = bad_before if bad is None else bad | bad_before
+    write_accumulators(lanes, d, to, values, bad, active)
     lanes.flight = flight
     _fly(lanes, d, a)
+
+
+def _spread(product: np.ndarray) -> np.ndarray:
+    """(E, 128) of (64, N): every warp holds sixteen rows, as mma's accumulators."""
+    rows, across = fragment_c(product.shape[1])
+    return product.reshape(4, 16, -1)[:, rows, across].reshape(128, -1).T
 
 
 def _accumulates(lanes: Lanes, active: Active, scale: Operand) -> bool:
@@ -103,6 +111,8 @@ def _ready(lanes: Lanes, d: Vector, a: Operand) -> None:
         Fault: A register was written since the last wgmma.fence, or is an operand of an earlier wgmma in flight.
     """
     inputs = a.elements if isinstance(a, Vector) else ()
+    if "registers" in lanes.unit.unchecked:
+        return
     names = [r.name for r in (*d.elements, *inputs) if isinstance(r, Register)]
     if late := [name for name in names if name in lanes.written]:
         raise Fault(f"register {late[0]} was written after the last wgmma.fence")
@@ -118,27 +128,14 @@ def _ready(lanes: Lanes, d: Vector, a: Operand) -> None:
 
 def _fly(lanes: Lanes, d: Vector, a: Operand) -> None:
     """Until its group has been waited for, nobody may touch the registers."""
+    if "registers" in lanes.unit.unchecked:
+        return
     group = _group(lanes)[0]
     inputs = {r.name for r in a.elements if isinstance(r, Register)} if isinstance(a, Vector) else set()
     results = {r.name for r in d.elements if isinstance(r, Register)}
     lanes.inputs |= inputs
     lanes.written -= results
     lanes.flight |= dict.fromkeys(results | inputs, group)
-
-
-def _from_registers(lanes: Lanes, a: Vector, kind: str, depth: int) -> tuple[np.ndarray, np.ndarray]:
-    """(64, K) and where it is undefined: every warp holds sixteen rows."""
-    flight, lanes.flight = lanes.flight, {}
-    rows, columns = fragment_a(len(a.elements), 1 if kind == "tf32" else 2)
-    bits = np.stack([np.broadcast_to(lanes.bits(r, "b32"), lanes.count) for r in a.elements], axis=1)
-    values, undefined = np.zeros((4, 16, depth)), np.zeros((4, 16, depth), bool)
-    values[:, rows, columns] = operand(bits.reshape(4, 32, -1), kind)
-    for k, register in enumerate(a.elements):
-        bad = lanes.undefined([register])
-        if bad is not None:
-            undefined[:, rows[:, k], columns[:, k]] = bad.reshape(4, 32, 1)
-    lanes.flight = flight
-    return values.reshape(64, depth), undefined.reshape(64, depth)
 
 
 @functools.cache
@@ -162,8 +159,8 @@ def offsets(shape: tuple[int, int], size: int, leading: int, stride: int, swizzl
 
 def _from_shared(
     lanes: Lanes, active: Active, register: Operand, kind: str, shape: tuple[int, int], turned: int, name: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """(M, K) and where it is undefined, by a descriptor (9.7.16.5.1.2.2)."""
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """(M, K) and where it is undefined (None: nowhere), by a descriptor (9.7.16.5.1.2.2)."""
     unit = lanes.unit
     descriptor = lanes.uniform(register, "u64", active, f"the descriptor of {name}")
     start, leading, stride = ((descriptor >> bit & 0x3FFF) << 4 for bit in (0, 16, 32))
@@ -184,10 +181,8 @@ def _from_shared(
     cells = np.unique((found[:, None] + np.arange(0, 16, width)) // width)
     unit.shadow.async_load(cells, lanes.threads, _agent(lanes), _group(lanes)[0])
     index = int(lanes.block[0]) * unit.shared.size + where - SHARED_FIRST
-    raw = unit.shared.data[index[..., None] + np.arange(size)]
-    values = raw.view(np.uint32 if size == 4 else np.uint16)[..., 0]
-    if size == 2:
-        numbers = operand(values.astype(np.uint32), kind)[..., 0]
-    else:
-        numbers = operand(values, kind)[..., 0]
+    raw = unit.shared.data[index[..., None] + np.arange(size)].view(np.uint32 if size == 4 else np.uint16)[..., 0]
+    numbers = operand(raw.astype(np.uint32), kind)[..., 0]
+    if unit.shared.valid[found[:, None] + np.arange(16)].all():
+        return numbers, None
     return numbers, ~unit.shared.valid[index[..., None] + np.arange(size)].all(axis=2)

@@ -3,6 +3,7 @@
 // tiles by TMA. Blocks are persistent: each takes one tile after the other, and the ring runs on from tile to tile.
 // Any N, H, W; C and K are multiples of 8: boxes hang over the edges, where TMA reads zeros and writes nothing.
 #include "ptx.cuh"
+#include "wgmma.cuh"
 
 namespace {
 

@@ -2,9 +2,9 @@
 
 ``expect`` is a regular expression for the finding: "race" (accesses to shared memory that nothing orders), "proxy
 fence", "wgmma.fence", "in flight" (registers or bytes of an unfinished asynchronous operation), "uninitialised",
-"undefined" (barriers), "deadlock", "exited" (shared memory of a block that is gone), "out of bounds", "not aligned",
-"result" (numbers only); alternatives where the order of events decides. None: no result can change on hardware, for
-``reason``.
+"undefined" (values, or barriers), "deadlock", "arrivals" (more than an mbarrier expects), "exited" (shared memory of a
+block that is gone), "out of bounds", "not aligned", "result" (numbers only); alternatives where the order of events
+decides. None: no result can change on hardware, for ``reason``.
 """
 
 from __future__ import annotations
@@ -159,14 +159,14 @@ HOPPER = _of(
     (
         "sm90_stage_not_awaited_empty",
         "missing mbarrier wait",
-        "race|in flight|deadlock",
+        "race|in flight|deadlock|arrivals",
         "wait<kCluster>(shared.empty(at.stage), at.phase ^ 1);",
         "",
     ),
     (
         "sm90_stage_not_awaited_full",
         "missing mbarrier wait",
-        "race|in flight|uninitialised",
+        "race|in flight|undefined",
         "wait<kCluster>(shared.full(at.stage), at.phase);",
         "",
     ),
@@ -216,7 +216,7 @@ HOPPER = _of(
     (
         "sm90_released_while_multiplied",
         "stage released too early",
-        "race|in flight",
+        "race|in flight|deadlock",
         "if (step > 0) release<kCluster>(shared.empty(previous));\n      previous = at.stage;",
         "previous = at.stage;\n      if (step > 0) release<kCluster>(shared.empty(previous));",
     ),
@@ -252,11 +252,17 @@ HOPPER = _of(
         "Position at;  // position: of the producer",
         "Position at{0, 1};",
     ),
-    ("sm90_phase_never_turns", "wrong phase", "race|in flight|deadlock", "phase ^= 1;  // phase: another lap", ""),
+    (
+        "sm90_phase_never_turns",
+        "wrong phase",
+        "race|in flight|deadlock|arrivals",
+        "phase ^= 1;  // phase: another lap",
+        "",
+    ),
     (
         "sm90_producer_begins_anew_each_tile",
         "wrong phase",
-        "deadlock|race|in flight",
+        "deadlock|race|in flight|arrivals",
         "Position at;  // position: of the producer\n  while (tiles.take()) {\n",
         "while (tiles.take()) {\n    Position at;\n",
     ),

@@ -2,6 +2,7 @@
 // ready but for the address of the copy, a pair for each step along k; accumulators are raw registers, a row a thread.
 
 #include "ptx.cuh"
+#include "wgmma.cuh"
 
 extern __shared__ __align__(1024) ptx::u32 images[];
 

@@ -1,0 +1,55 @@
+"""Bugs planted in kernels: the emulator has to find every one that can change a result on hardware."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from emulator import EmulatorError
+from emulator.compilers import PROBES, nvcc, start
+from probes.conv_probes import PROBES as CONVOLUTIONS
+from probes.mutants import MUTANTS, Mutant, sources
+from probes.run import SCHEDULES, emulated, wrong
+
+pytestmark = pytest.mark.skipif(not nvcc() or not PROBES.exists(), reason="needs an nvcc")
+BY_NAME = {probe.name: probe for probe in CONVOLUTIONS}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_ahead(request):
+    """The second core compiles while the first one emulates."""
+    for item in request.session.items:
+        mutant = getattr(item, "callspec", None) and item.callspec.params.get("mutant")
+        if isinstance(mutant, Mutant):
+            probe = BY_NAME[mutant.probe]
+            start(PROBES / probe.source, probe.arch, sources(mutant))
+
+
+def finding(mutant: Mutant) -> tuple[str, str]:
+    """(what was said, under which schedule); ("", "") if nothing was found."""
+    probe = BY_NAME[mutant.probe]
+    for name in ("warps, copies late", "blocks in lockstep, copies early", "warps, copies shuffled"):
+        try:
+            said = wrong(probe, emulated(probe, SCHEDULES[name], sources(mutant)))
+        except EmulatorError as error:
+            said = str(error)
+        if said:
+            return said, name
+    return "", ""
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name)
+def test_mutant(mutant, record_property):
+    """Found, by the check that it was written for; or not, for the reason that stands beside it."""
+    said, schedule = finding(mutant)
+    record_property("finding", f"{said} [{schedule}]")
+    if mutant.expect is None:
+        assert mutant.reason and not said
+    else:
+        assert re.search(mutant.expect, said), f"expected {mutant.expect}, got {said or 'nothing'}"
+
+
+def test_there_are_enough():
+    caught = [mutant for mutant in MUTANTS if mutant.expect]
+    assert len(caught) >= 30 and len({m.kind for m in caught}) >= 15
