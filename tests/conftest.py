@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
 from common import PLACES, Place
+from executors import Executor
 from refinenet_fast import use_backend
 
 settings.register_profile("default", max_examples=15, derandomize=True, deadline=None, database=None)
 settings.register_profile(
     "wide", max_examples=500, derandomize=False, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
+# Several processes (pytest -n) share the cores among them.
+torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
 settings.load_profile("default")  # another: pytest --hypothesis-profile=wide
 
 
@@ -30,6 +35,20 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """``runs_on`` says which executors a test that takes one runs on."""
+    if "executor" not in metafunc.fixturenames:
+        return
+    parameters = []
+    for name in metafunc.definition.get_closest_marker("runs_on").args:
+        executor = Executor(name)
+        reason = executor.unavailable()
+        marks = [pytest.mark.gpu] if name == "gpu" else []
+        marks += [pytest.mark.skip(reason=reason)] if reason else []
+        parameters.append(pytest.param(executor, id=name, marks=marks))
+    metafunc.parametrize("executor", parameters)
 
 
 def _parameters(places: list[Place]) -> list:

@@ -29,24 +29,34 @@ def _compiled_ahead():
 # -- the kernels of csrc/cuda ------------------------------------------------------------------------------------------
 
 
-@needs_nvcc
-@pytest.mark.parametrize("together, seed", [(1024, 0), (256, 1), (32, 2)], ids=["lockstep", "blocks", "warps"])
+SHAPES = [(1, 1, 1, 1), (2, 3, 1, 7), (1, 16, 7, 5), (1, 5, 18, 3), (0, 4, 5, 5)]
+BLOCKS, WARPS = Schedule(256, 1), Schedule(32, 2)
+
+
+@pytest.mark.runs_on("reference", "emulator", "gpu")
 @pytest.mark.parametrize("dtype", Emulated.dtypes, ids=str)
-@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 3, 1, 7), (1, 16, 7, 5), (1, 5, 18, 3), (0, 4, 5, 5)], ids=str)
-def test_cuda_kernels(shape, dtype, together, seed):
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_cuda_kernels(shape, dtype, executor):
     """Forward and backward, with vectors of channels and without, against float64."""
-    if together == 32 and shape != (2, 3, 1, 7):
-        pytest.skip("one small shape in warps of their own: they are slow one by one")
-    kernels = Emulated(schedule=Schedule(together, seed))
-    for op, direction, error, limit in testing.check_kernels(kernels, shape, Data(dtype)):
+    check(executor.kernels(), shape, Data(dtype, executor.device))
+
+
+@needs_nvcc
+@pytest.mark.parametrize("dtype", Emulated.dtypes, ids=str)
+@pytest.mark.parametrize("shape, schedule", [*((shape, BLOCKS) for shape in SHAPES[1:4]), (SHAPES[1], WARPS)], ids=str)
+def test_cuda_kernels_in_another_order(shape, schedule, dtype):
+    check(Emulated(schedule=schedule), shape, Data(dtype))
+
+
+def check(kernels, shape, data):
+    for op, direction, error, limit in testing.check_kernels(kernels, shape, data):
         assert error <= limit, f"{op} {direction}: error {error:.3g}, limit {limit:.3g}"
 
 
 @needs_nvcc
 @pytest.mark.parametrize("arch", ["sm_90a", "sm_100"])
 def test_other_architectures(arch):
-    for op, direction, error, limit in testing.check_kernels(Emulated(arch), (1, 4, 5, 6), Data()):
-        assert error <= limit, f"{op} {direction}: error {error:.3g}, limit {limit:.3g}"
+    check(Emulated(arch), (1, 4, 5, 6), Data())
 
 
 @needs_nvcc

@@ -53,3 +53,36 @@ def test_mutant(mutant, record_property):
 def test_there_are_enough():
     caught = [mutant for mutant in MUTANTS if mutant.expect]
     assert len(caught) >= 30 and len({m.kind for m in caught}) >= 15
+
+
+CHECKS = {
+    "race between two accesses to shared memory": r"race: (reads|writes|overwrites) byte",
+    "race at a barrier": r"race: arrives at barrier",
+    "an mbarrier used before its initialisation is known": r"race: no barrier lies between",
+    "missing proxy fence": r"no proxy fence",
+    "wgmma.fence": r"after the last wgmma.fence",
+    "operation in flight": r"in flight",
+    "undefined value": r"undefined|uninitialised",
+    "deadlock": r"deadlock",
+    "too many arrivals": r"arrivals at an mbarrier|threads arrive at barrier",
+    "bounds": r"out of bounds",
+    "alignment": r"not aligned",
+    "block that has exited": r"exited",
+    "result": r"^result",
+}
+
+
+def main() -> None:
+    """docs/mutants.md, on the standard output."""
+    print("# Mutants\n")
+    print("Bugs planted in the convolutions of `tests/probes`, and the check of the emulator that catches each")
+    print("(`python tests/test_mutants.py`; `tests/probes/mutants.py` has the changes themselves).\n")
+    print("| mutant | what is wrong | caught by | under the schedule |\n|---|---|---|---|")
+    for mutant in MUTANTS:
+        said, schedule = finding(mutant)
+        by = next((name for name, pattern in CHECKS.items() if re.search(pattern, said)), said)
+        print(f"| `{mutant.name}` | {mutant.kind} | {by or f'not: {mutant.reason}'} | {schedule} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -7,6 +7,7 @@ import json
 
 import pytest
 
+import golden
 from emulator import EmulatorError, parse
 from emulator.compilers import CHECKED, PROBES, compiled, nvcc, nvcc_version, start
 from emulator.machine import Machine
@@ -77,10 +78,33 @@ def _triton(name: str, arch: int, recorded: bool):
     return kernel, metadata
 
 
+@pytest.mark.parametrize("architecture", ["sm_90"])
+def test_golden(architecture):
+    """The emulator leaves what a real GPU has left (benchmarks/golden_probe.py)."""
+    dump = golden.load(architecture)
+    if dump is None:
+        pytest.skip(f"no dump of {architecture} has been made yet")
+    for probe in CUDA:
+        outputs = emulated(probe, SCHEDULES["blocks in lockstep, copies early"])
+        for position, output in zip(probe.outputs, outputs, strict=True):
+            agrees, words = golden.compare(output, dump[golden.key(probe.name, position)], probe.tolerance)
+            assert agrees, f"{probe.name}: output {position}: {words}"
+
+
 @by_schedule
 @pytest.mark.parametrize("probe, arch", TRITON)
 def test_triton(probe, arch, schedule):
     assert not wrong(probe, emulated_triton(probe, *_triton(probe.name, arch, False), schedule))
+
+
+@pytest.mark.runs_on("interpreter", "emulator", "gpu")
+@pytest.mark.parametrize(
+    "name", ["matmul_pointers_f16", "matmul_descriptors_f16_b_nk", "conv3x3_pointers_f32", "maxpool3_descriptors_f32"]
+)
+def test_triton_wherever_it_runs(name, executor):
+    """Triton's own interpreter, which reads no PTX, and the emulator, which reads nothing else, agree."""
+    probe = next(p for p in triton_probes.PROBES if p.name == name)
+    assert not wrong(probe, executor.outputs(probe))
 
 
 @pytest.mark.parametrize("probe, arch", TRITON_36)

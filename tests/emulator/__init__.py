@@ -4,6 +4,6 @@ from emulator.errors import EmulatorError
 from emulator.launch import Struct, emulate
 from emulator.parser import parse
 from emulator.tensormap import TensorMap
-from emulator.unit import Schedule
+from emulator.unit import LOCKSTEP, Schedule
 
-__all__ = ["EmulatorError", "Schedule", "Struct", "TensorMap", "emulate", "parse"]
+__all__ = ["LOCKSTEP", "EmulatorError", "Schedule", "Struct", "TensorMap", "emulate", "parse"]

@@ -216,7 +216,7 @@ def _bfi(
     return b & ~mask | _shl((), a, position & 0xFF) & mask
 
 
-@computes("dp4a", "9.7.1.24")
+@computes("dp4a", "9.7.1.23")
 def _dp4a(modifiers: tuple[str, ...], a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     total = c.astype(np.int64)
     for byte in range(4):

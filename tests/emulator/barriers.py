@@ -1,4 +1,4 @@
-"""Barriers of warps, blocks and clusters, and fences (PTX ISA, 9.7.14)."""
+"""Barriers of warps, blocks and clusters, and fences (PTX ISA, 9.7.13)."""
 
 from __future__ import annotations
 
@@ -109,8 +109,8 @@ def _sync(lanes: Lanes, active: Active, barrier: Barrier) -> Wait:
     return Wait(active.mask, barrier.complete, str(barrier), wake, rest=True)
 
 
-@executes("bar.sync", "bar.cta.sync", "barrier.sync.aligned", "barrier.cta.sync.aligned", section="9.7.14.1", whole=32)
-@executes("barrier.sync", "barrier.cta.sync", section="9.7.14.1", blocks=True)
+@executes("bar.sync", "bar.cta.sync", "barrier.sync.aligned", "barrier.cta.sync.aligned", section="9.7.13.1", whole=32)
+@executes("barrier.sync", "barrier.cta.sync", section="9.7.13.1", blocks=True)
 def _bar_sync(at: Instruction, lanes: Lanes, active: Active) -> Wait:
     number, count = (*at.operands, None)[:2]
     alike = _alike(lanes, active, at.operands)
@@ -118,9 +118,9 @@ def _bar_sync(at: Instruction, lanes: Lanes, active: Active) -> Wait:
 
 
 @executes(
-    "bar.arrive", "bar.cta.arrive", "barrier.arrive.aligned", "barrier.cta.arrive.aligned", section="9.7.14.1", whole=32
+    "bar.arrive", "bar.cta.arrive", "barrier.arrive.aligned", "barrier.cta.arrive.aligned", section="9.7.13.1", whole=32
 )
-@executes("barrier.arrive", "barrier.cta.arrive", section="9.7.14.1", blocks=True)
+@executes("barrier.arrive", "barrier.cta.arrive", section="9.7.13.1", blocks=True)
 def _bar_arrive(at: Instruction, lanes: Lanes, active: Active) -> None:
     number, count = at.operands
     rest = active
@@ -130,8 +130,8 @@ def _bar_arrive(at: Instruction, lanes: Lanes, active: Active) -> None:
         rest = Active(rest.mask & ~alike.mask, False)
 
 
-@executes("bar.red", "bar.cta.red", section="9.7.14.1", whole=32)
-@executes("barrier.red", "barrier.cta.red", section="9.7.14.1", blocks=True)
+@executes("bar.red", "bar.cta.red", section="9.7.13.1", whole=32)
+@executes("barrier.red", "barrier.cta.red", section="9.7.13.1", blocks=True)
 def _bar_red(at: Instruction, lanes: Lanes, active: Active) -> Wait:
     """All threads' predicates counted, or joined by and, or."""
     to, number, *count, vote = at.operands
@@ -155,7 +155,7 @@ def _bar_red(at: Instruction, lanes: Lanes, active: Active) -> Wait:
     return wait
 
 
-@executes("bar.warp.sync", section="9.7.14.2", blocks=True)
+@executes("bar.warp.sync", section="9.7.13.2", blocks=True)
 def _bar_warp_sync(at: Instruction, lanes: Lanes, active: Active) -> Wait | None:
     if (wait := meeting(at, at.operands[0], lanes, active)) is not None:
         return wait
@@ -168,7 +168,7 @@ def _bar_warp_sync(at: Instruction, lanes: Lanes, active: Active) -> Wait | None
     return None
 
 
-# -- clusters (9.7.14.4) -----------------------------------------------------------------------------------------------
+# -- clusters (9.7.13.3) -----------------------------------------------------------------------------------------------
 
 
 @dataclass(eq=False)
@@ -193,7 +193,7 @@ def _cluster(unit: Unit) -> ClusterBarrier:
     return barrier
 
 
-@executes("barrier.cluster.arrive", section="9.7.14.4", whole=32)
+@executes("barrier.cluster.arrive", section="9.7.13.3", whole=32)
 def _cluster_arrive(at: Instruction, lanes: Lanes, active: Active) -> None:
     barrier, threads = _cluster(lanes.unit), lanes.all_of(active)
     if (barrier.arrived[threads] > barrier.waited[threads]).any():
@@ -217,7 +217,7 @@ def _initialisations(unit: Unit, threads: np.ndarray) -> Clock:
     return clock
 
 
-@executes("barrier.cluster.wait", section="9.7.14.4", whole=32)
+@executes("barrier.cluster.wait", section="9.7.13.3", whole=32)
 def _cluster_wait(at: Instruction, lanes: Lanes, active: Active) -> Wait:
     barrier, threads = _cluster(lanes.unit), lanes.all_of(active)
     if (barrier.arrived[threads] == barrier.waited[threads]).any():
@@ -232,21 +232,21 @@ def _cluster_wait(at: Instruction, lanes: Lanes, active: Active) -> Wait:
     return Wait(active.mask, lambda: barrier.complete(phase), "the cluster's barrier", wake)
 
 
-# -- fences (9.7.14.5-6), registers (9.7.19.5) -------------------------------------------------------------------------
+# -- fences (9.7.13.4), registers (9.7.19.5) -------------------------------------------------------------------------
 
 
-@executes("membar", "fence", section="9.7.14.5")
+@executes("membar", "fence", section="9.7.13.4")
 def _fence(at: Instruction, lanes: Lanes, active: Active) -> None:
     """Orders a thread's own accesses, which here happen in order."""
 
 
-@executes("fence.proxy.async", section="9.7.14.5")
+@executes("fence.proxy.async", section="9.7.13.4")
 def _fence_proxy_async(at: Instruction, lanes: Lanes, active: Active) -> None:
     if "global" not in at.modifiers and lanes.unit.clocks is not None:
         lanes.unit.clocks.fence_proxy(lanes.all_of(active))
 
 
-@executes("fence.mbarrier_init", section="9.7.14.5")
+@executes("fence.mbarrier_init", section="9.7.13.4")
 def _fence_mbarrier_init(at: Instruction, lanes: Lanes, active: Active) -> None:
     """What the thread initialised, the cluster and the async proxy may use."""
     assert lanes.unit.clocks is not None

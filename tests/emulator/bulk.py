@@ -1,4 +1,4 @@
-"""Bulk copies between global and shared memory, through the async proxy (PTX ISA, 9.7.9.25.4-5)."""
+"""Bulk copies between global and shared memory, through the async proxy (PTX ISA, 9.7.9.25.4 and 9.7.9.25.6)."""
 
 from __future__ import annotations
 
@@ -235,12 +235,12 @@ def _reduce_bulk(at: Instruction, lanes: Lanes, active: Active) -> None:
         _store_linear(at, lanes, lane, alone, to, source, count)
 
 
-@executes("cp.async.bulk.commit_group", section="9.7.9.25.4.6")
+@executes("cp.async.bulk.commit_group", section="9.7.9.25.6.1")
 def _bulk_commit(at: Instruction, lanes: Lanes, active: Active) -> None:
     groups_of(lanes.unit, "bulk").group[lanes.all_of(active)] += 1
 
 
-@executes("cp.async.bulk.wait_group", section="9.7.9.25.4.7", blocks=True)
+@executes("cp.async.bulk.wait_group", section="9.7.9.25.6.2", blocks=True)
 def _bulk_wait(at: Instruction, lanes: Lanes, active: Active) -> None:
     unit, threads = lanes.unit, lanes.all_of(active)
     (pending,) = at.operands

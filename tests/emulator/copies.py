@@ -123,7 +123,7 @@ def _wait_group(at: Instruction, lanes: Lanes, active: Active) -> None:
     unit.clocks.learn(threads, first + threads, done)
 
 
-@executes("cp.async.mbarrier.arrive", section="9.7.14.16.15", blocks=True)
+@executes("cp.async.mbarrier.arrive", section="9.7.13.15.15", blocks=True)
 def _arrive_after_copies(at: Instruction, lanes: Lanes, active: Active) -> None:
     """An arrival when all of the thread's copies so far have landed; unless ``.noinc``, one more is expected first."""
     unit, threads = lanes.unit, lanes.all_of(active)

@@ -1,4 +1,4 @@
-"""Data movement: mov, loads and stores, atomics, matrices of shared memory (PTX ISA, 9.7.9, 9.7.13, 9.7.15)."""
+"""Data movement: mov, loads and stores, atomics, matrices of shared memory (PTX ISA, 9.7.9, 9.7.13, 9.7.14)."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def _atom(at: Instruction, lanes: Lanes, active: Active) -> None:
     lanes.write(to, scatter(lanes, active, old), active)
 
 
-@executes("red", section="9.7.13.7")
+@executes("red", section="9.7.13.6")
 def _red(at: Instruction, lanes: Lanes, active: Active) -> None:
     _atomic(at, lanes, active, list(at.operands))
 
@@ -190,7 +190,7 @@ def _acquire(at: Instruction, lanes: Lanes, active: Active, where: np.ndarray) -
                 lanes.unit.clocks.acquire(np.array([thread]), held)
 
 
-# -- matrices in shared memory (9.7.15.5.15 ldmatrix, .16 stmatrix, .17 movmatrix) -------------------------------------
+# -- matrices in shared memory (9.7.14.5.15 ldmatrix, .16 stmatrix, .17 movmatrix) -------------------------------------
 
 MATRICES = {"x1": 1, "x2": 2, "x4": 4}
 
@@ -216,7 +216,7 @@ def _elements(trans: bool) -> np.ndarray:
     return column * 8 + row if trans else row * 8 + column
 
 
-@executes("ldmatrix", section="9.7.15.5.15", whole=32)
+@executes("ldmatrix", section="9.7.14.5.15", whole=32)
 def _ldmatrix(at: Instruction, lanes: Lanes, active: Active) -> None:
     to, address = at.operands
     rows, threads, count = _matrix_rows(at, address, lanes, active)
@@ -235,7 +235,7 @@ def _ldmatrix(at: Instruction, lanes: Lanes, active: Active) -> None:
         lanes.write(target, scatter(lanes, active, words[:, k].ravel()), active, undefined)
 
 
-@executes("stmatrix", section="9.7.15.5.16", whole=32)
+@executes("stmatrix", section="9.7.14.5.16", whole=32)
 def _stmatrix(at: Instruction, lanes: Lanes, active: Active) -> None:
     address, source = at.operands
     rows, threads, count = _matrix_rows(at, address, lanes, active)
@@ -251,7 +251,7 @@ def _stmatrix(at: Instruction, lanes: Lanes, active: Active) -> None:
     store_shared(lanes, rows, values.view(np.uint8).reshape(len(rows), 16), threads, False)
 
 
-@executes("movmatrix", section="9.7.15.5.17", whole=32)
+@executes("movmatrix", section="9.7.14.5.17", whole=32)
 def _movmatrix(at: Instruction, lanes: Lanes, active: Active) -> None:
     to, source = at.operands
     words = lanes.bits(source, "b32").reshape(-1, 32)
@@ -301,7 +301,7 @@ def _getctarank(at: Instruction, lanes: Lanes, active: Active) -> None:
     "pmevent",
     section="9.7.9, 9.7.19",
 )
-@executes("cp.async.bulk.prefetch", section="9.7.9.26")
+@executes("cp.async.bulk.prefetch", section="9.7.9.25.4.3")
 def _hint(at: Instruction, lanes: Lanes, active: Active) -> None:
     """Changes nothing that can be seen here."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
@@ -83,6 +84,9 @@ def emulate(
     maps: list[TensorMap] = []
     parameters = np.frombuffer(_pack(kernel, args, memory, maps), np.uint8)
     machine = Machine(kernel, memory, shared, BUDGET)
+    if unknown := sorted(Machine.unknown(kernel)):
+        names = ", ".join(unknown)
+        warnings.warn(f"{kernel.name}: raises if it gets to an opcode that is not known: {names}", stacklevel=2)
     limit = SHARED_LIMIT.get(kernel.target, 101_376)
     if machine.shared_bytes > limit:
         raise EmulatorError(
@@ -223,6 +227,7 @@ def _unit(
         for first in range(start, end, step):
             lanes = Lanes(machine.kernel, unit, np.arange(first, min(first + step, end)))
             lanes.exited = ~unit.exists[lanes.threads]
+            lanes.live = int(unit.exists[lanes.threads].sum())
             if machine.local_bytes:
                 lanes.locals = np.zeros((lanes.count, machine.local_bytes), np.uint8)
             unit.groups.append(lanes)

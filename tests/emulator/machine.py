@@ -6,20 +6,16 @@ that diverged lanes meet again where their paths join. Lanes that wait are parke
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
 import numpy as np
 
-from emulator import types
-from emulator.arithmetic import opposite
 from emulator.errors import EmulatorError, Fault
 from emulator.memory import SHARED_FIRST, GlobalMemory
-from emulator.parser import Address, Immediate, Instruction, Kernel, Operand, Register, Symbol, Vector
-from emulator.registers import Active, Lanes, Wait
-from emulator.table import Opcode, look_up
+from emulator.parser import Address, Immediate, Instruction, Kernel, Operand, Register, Symbol
+from emulator.prepare import prepared
+from emulator.registers import Active, Lanes
+from emulator.table import look_up
 
 BRANCHES = ("bra", "ret", "exit", "brx")
-Run = Callable[[Lanes, Active], Wait | None]
 
 
 class Machine:
@@ -36,7 +32,9 @@ class Machine:
         self.kernel, self.budget = kernel, budget
         self.variables, self.shared_bytes, self.local_bytes = _place(kernel, memory, shared)
         self.entries = [look_up(at) for at in kernel.instructions]
-        self.steps = [self._step(*pair) for pair in zip(kernel.instructions, self.entries, strict=True)]
+        pairs = zip(kernel.instructions, self.entries, strict=True)
+        self.steps = [None if at.opcode in BRANCHES else prepared(self._resolved(at), e, kernel) for at, e in pairs]
+        self.guards = [at.guard for at in kernel.instructions]
         self.end = len(self.steps)
         starts = {0, self.end, *kernel.labels.values()}
         for i, (at, entry) in enumerate(zip(kernel.instructions, self.entries, strict=True)):
@@ -68,51 +66,63 @@ class Machine:
             running = ~lanes.parked & ~lanes.exited
             pc = int(np.where(running, lanes.pcs, self.end).min())
             mask = running & (lanes.pcs == pc)
-            lanes.steps += 1
-            if lanes.steps > self.budget:
-                where = self.where(pc)
-                who = lanes.who(int(mask.argmax()))
-                raise EmulatorError(f"{where}: more than {self.budget} basic blocks: {who} loops")
-            self._block(lanes, Active(mask, bool((mask | lanes.exited).all())), pc)
+            self._go(lanes, Active(mask, bool((mask | lanes.exited).all())), pc)
 
-    def _block(self, lanes: Lanes, active: Active, pc: int) -> None:
-        """One basic block, from ``pc`` on."""
-        stop = int(self.starts[np.searchsorted(self.starts, pc, side="right")])
-        instructions, shadow = self.kernel.instructions, lanes.unit.shadow
-        for index in range(pc, stop):
-            at = instructions[index]
-            chosen: Active | None = active
-            try:
-                if at.guard is not None:
-                    chosen = _guarded(at.guard, lanes, active)
-                if at.opcode in BRANCHES:
-                    self._branch(at, lanes, active, chosen, index)
-                    return
-                if chosen is None:
+    def _go(self, lanes: Lanes, active: Active, pc: int) -> None:
+        """From ``pc`` on while the lanes stay together, to the end of the basic block where others may join them."""
+        stop = self.end if active.full else int(self.starts[np.searchsorted(self.starts, pc, side="right")])
+        shadow, steps, guards = lanes.unit.shadow, self.steps, self.guards
+        index, chosen = pc, active
+        self._count(lanes, active, pc)
+        try:
+            while index < stop:
+                chosen, guard, step = active, guards[index], steps[index]
+                if guard is not None:
+                    chosen = _guarded(guard, lanes, active)
+                if step is None:
+                    following = self._branch(lanes, active, chosen, index)
+                    if following is None or not active.full:
+                        return
+                    self._count(lanes, active, index)
+                    index = following
                     continue
-                if shadow is not None:
-                    shadow.place = index
-                wait = self.steps[index](lanes, chosen)
-            except Fault as fault:
-                raise EmulatorError(self._told(index, lanes, chosen, fault)) from None
-            if wait is not None:
-                wait.pc = index
-                lanes.pcs[active.mask] = index if wait.again else index + 1
-                lanes.pcs[active.mask & ~wait.mask] = index + 1 if not wait.again and not wait.rest else index
-                lanes.parked |= wait.mask
-                lanes.waits.append(wait)
-                return
-        lanes.pcs[active.mask] = stop
+                if chosen is not None:
+                    if shadow is not None:
+                        shadow.place = index
+                    wait = step(lanes, chosen)
+                    if wait is not None:
+                        wait.pc = index
+                        lanes.pcs[active.mask] = index if wait.again else index + 1
+                        lanes.pcs[active.mask & ~wait.mask] = index if wait.again or wait.rest else index + 1
+                        lanes.parked |= wait.mask
+                        lanes.waits.append(wait)
+                        return
+                index += 1
+                if lanes.yielded:
+                    break
+        except Fault as fault:
+            raise EmulatorError(self._told(index, lanes, chosen, fault)) from None
+        lanes.pcs[active.mask] = index
 
-    def _branch(self, at: Instruction, lanes: Lanes, active: Active, taken: Active | None, index: int) -> None:
+    def _count(self, lanes: Lanes, active: Active, index: int) -> None:
+        lanes.steps += 1
+        if lanes.steps > self.budget:
+            who = lanes.who(int(active.mask.argmax()))
+            raise EmulatorError(f"{self.where(index)}: more than {self.budget} basic blocks: {who} loops")
+
+    def _branch(self, lanes: Lanes, active: Active, taken: Active | None, index: int) -> int | None:
+        """Where all active lanes go on; None: they part, or end."""
+        at = self.kernel.instructions[index]
         lanes.pcs[active.mask] = index + 1
         if taken is None:
-            return
+            return index + 1
         if at.opcode == "bra":
             target = at.operands[-1]
             assert isinstance(target, Symbol)
-            lanes.pcs[taken.mask] = self._label(target.name)
-        elif at.opcode == "brx":
+            label = self._label(target.name)
+            lanes.pcs[taken.mask] = label
+            return label if taken is active else None
+        if at.opcode == "brx":
             which, table = at.operands
             assert isinstance(table, Symbol)
             lanes.need([which], taken, "the branch's index")
@@ -125,7 +135,9 @@ class Machine:
             if lanes.flight:
                 raise Fault("exits while wgmma is in flight")
             lanes.exited |= taken.mask
+            lanes.live = int((~lanes.exited).sum())
             lanes.pcs[taken.mask] = self.end
+        return None
 
     def _label(self, name: str) -> int:
         if name not in self.kernel.labels:
@@ -147,26 +159,6 @@ class Machine:
         lane = int(ids[min(fault.position or 0, len(ids) - 1)]) if len(ids) else 0
         others = "" if fault.position is not None or len(ids) < 2 else " and others"
         return f"{self.where(index)}: {fault} in {lanes.who(lane)}{others}"
-
-    # -- preparing ----------------------------------------------------------------------------------------------------
-
-    def _step(self, at: Instruction, entry: Opcode | None) -> Run:
-        """What runs this instruction for the active lanes."""
-        if at.opcode in BRANCHES:
-            return _refuse(at)
-        at = self._resolved(at)
-        if entry is None:
-            return _refuse(at)
-        if entry.execute is None:
-            return _computing(at, entry)
-        execute, whole = entry.execute, entry.whole
-        if not whole:
-            return lambda lanes, active: execute(at, lanes, active)
-
-        def together(lanes: Lanes, active: Active) -> Wait | None:
-            return _companions(lanes, active, whole) or execute(at, lanes, active)
-
-        return together
 
     def _resolved(self, at: Instruction) -> Instruction:
         """With the addresses of variables in place of their names."""
@@ -217,98 +209,3 @@ def _guarded(guard: Register, lanes: Lanes, active: Active) -> Active | None:
     if not mask.any():
         return None
     return Active(mask, active.full and bool((mask | lanes.exited).all()))
-
-
-def _companions(lanes: Lanes, active: Active, size: int) -> Wait | None:
-    """A wait for the other lanes of a warp (or warpgroup) that is here in part only; None where all are whole."""
-    if active.full and not lanes.exited.any() and lanes.count % size == 0:
-        return None
-    what = "warp" if size == 32 else "warpgroup"
-    if lanes.count % size:
-        raise Fault(f"a block of {lanes.count} threads has no whole {what}s")
-    exists = lanes.unit.exists[lanes.threads].reshape(-1, size)
-    here = active.mask.reshape(-1, size)
-    if (here.any(axis=1) & (lanes.exited.reshape(-1, size) & exists).any(axis=1)).any():
-        raise Fault(f"lanes of the same {what} have exited")
-    partial = here.any(axis=1) & (here != exists).any(axis=1)
-    if not partial.any():
-        return None
-    parties = np.repeat(partial, size) & exists.ravel()
-    wait = Wait(active.mask & parties, lambda: False, f"the other lanes of its {what}", again=True)
-    wait.ready = lambda: bool((lanes.pcs[parties] == wait.pc).all())
-    return wait
-
-
-def _undefined_choice(lanes: Lanes, sources: Sequence[Operand], p: np.ndarray) -> np.ndarray | None:
-    """(L,) where a selection's predicate, or what it chooses, is undefined."""
-    none = np.zeros(lanes.count, bool)
-    first, second, by = (u if (u := lanes.undefined([s])) is not None else none for s in sources)
-    result = np.where(p, first, second) | by
-    return result if result.any() else None
-
-
-def _refuse(at: Instruction) -> Run:
-    def run(lanes: Lanes, active: Active) -> None:
-        raise Fault("this opcode is not known")
-
-    return run
-
-
-def _kinds(at: Instruction, count: int) -> tuple[str, list[str]]:
-    """The types of the result and of the operands."""
-    kind = at.kind
-    kinds = [kind] * count
-    if at.opcode == "prmt":
-        return "b32", ["b32"] * count
-    if at.opcode == "selp":  # bits, whatever they mean
-        kind = f"b{8 * types.width(kind)}"
-        return kind, [kind, kind, "pred"]
-    if at.opcode in ("shl", "shr", "bfe"):
-        kinds[1:] = ["u32"] * (count - 1)
-    elif at.opcode in ("bfi", "shf"):
-        kinds[2:] = ["u32"] * (count - 2)
-    elif at.opcode == "setp" and count == 3:
-        kinds[2] = "pred"
-    elif at.opcode == "slct":
-        chosen = f"b{8 * types.width(at.modifiers[-2])}"
-        return chosen, [chosen, chosen, kind]
-    elif at.opcode == "set":
-        return at.modifiers[-2], kinds
-    if at.opcode in ("setp", "testp"):
-        return "pred", kinds
-    if at.opcode in ("popc", "clz", "bfind"):
-        return "u32", kinds
-    if "wide" in at.modifiers:
-        wide = kind[0] + str(2 * int(kind[1:]))
-        return wide, [*kinds[:2], *[wide] * (count - 2)]
-    return kind, kinds
-
-
-def _computing(at: Instruction, entry: Opcode) -> Run:
-    """What computes one result from numbers of one type, but for the operands that PTX gives another."""
-    compute, modifiers = entry.compute, at.modifiers
-    assert compute is not None
-    to, *sources = at.operands
-    out, kinds = _kinds(at, len(sources))
-    pairs = list(zip(sources, kinds, strict=True))
-    ftz, chooses = "ftz" in modifiers, at.opcode == "selp"
-    bits_of = types.to_bits if at.opcode in ("neg", "abs", "copysign") else types.to_result
-
-    def run(lanes: Lanes, active: Active) -> None:
-        numbers = [lanes.number(s, k) for s, k in pairs]
-        if ftz:
-            numbers = [types.flushed(n) if n.dtype == np.float32 else n for n in numbers]
-        result = compute(modifiers, *numbers)
-        if ftz and result.dtype == np.float32:
-            result = types.flushed(result)
-        undefined = lanes.undefined(sources) if lanes.defined else None
-        if chooses and undefined is not None:  # of what is chosen only
-            undefined = _undefined_choice(lanes, sources, numbers[2])
-        if isinstance(to, Vector):  # setp.p|q: of packed types one predicate of each half, else also the opposite
-            both = result if result.ndim > 1 else np.stack([result, opposite(modifiers, *numbers)], axis=-1)
-            for k, element in enumerate(to.elements):
-                lanes.write(element, both[..., k], active, undefined)
-        else:
-            lanes.write(to, bits_of(result, out), active, undefined)
-
-    return run

@@ -1,4 +1,4 @@
-"""mbarrier objects: phases that end when all arrivals and all expected bytes have come (PTX ISA, 9.7.14.16)."""
+"""mbarrier objects: phases that end when all arrivals and all expected bytes have come (PTX ISA, 9.7.13.15)."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def _address_first(at: Instruction) -> tuple[Operand | None, Operand, list[Opera
     return (None, first, rest) if isinstance(first, Address) else (first, rest[0], rest[1:])
 
 
-@executes("mbarrier.init", section="9.7.14.16.8")
+@executes("mbarrier.init", section="9.7.13.15.9")
 def _init(at: Instruction, lanes: Lanes, active: Active) -> None:
     address, count = at.operands
     unit, counts = lanes.unit, operand_number(count, lanes, active, "u32")
@@ -129,7 +129,7 @@ def _init(at: Instruction, lanes: Lanes, active: Active) -> None:
         unit.shared.barriers[index : index + 8] = unit.shared.valid[index : index + 8] = True
 
 
-@executes("mbarrier.inval", section="9.7.14.16.9")
+@executes("mbarrier.inval", section="9.7.13.15.10")
 def _inval(at: Instruction, lanes: Lanes, active: Active) -> None:
     unit = lanes.unit
     found = locate(at.operands[0], lanes, active, False, space_of(at) == "generic")
@@ -142,8 +142,8 @@ def _inval(at: Instruction, lanes: Lanes, active: Active) -> None:
         unit.shared.barriers[index : index + 8] = unit.shared.valid[index : index + 8] = False
 
 
-@executes("mbarrier.arrive", section="9.7.14.16.13", blocks=True)
-@executes("mbarrier.arrive_drop", section="9.7.14.16.14", blocks=True)
+@executes("mbarrier.arrive", section="9.7.13.15.13", blocks=True)
+@executes("mbarrier.arrive_drop", section="9.7.13.15.14", blocks=True)
 def _arrive(at: Instruction, lanes: Lanes, active: Active) -> None:
     to, address, rest = _address_first(at)
     unit = lanes.unit
@@ -166,8 +166,8 @@ def _arrive(at: Instruction, lanes: Lanes, active: Active) -> None:
         lanes.write(to, scatter(lanes, active, states), active)
 
 
-@executes("mbarrier.expect_tx", section="9.7.14.16.11")
-@executes("mbarrier.complete_tx", section="9.7.14.16.12", blocks=True)
+@executes("mbarrier.expect_tx", section="9.7.13.15.11")
+@executes("mbarrier.complete_tx", section="9.7.13.15.12", blocks=True)
 def _tx(at: Instruction, lanes: Lanes, active: Active) -> None:
     address, count = at.operands
     sign = 1 if "expect_tx" in at.modifiers else -1
@@ -180,7 +180,7 @@ def _tx(at: Instruction, lanes: Lanes, active: Active) -> None:
             barrier.settle()
 
 
-@executes("mbarrier.test_wait", "mbarrier.try_wait", section="9.7.14.16.16", blocks=True)
+@executes("mbarrier.test_wait", "mbarrier.try_wait", section="9.7.13.15.16", blocks=True)
 def _wait(at: Instruction, lanes: Lanes, active: Active) -> Wait | None:
     """Whether a phase is over. ``try_wait`` may also say no after a while: the schedule does so at times."""
     to, address, wanted, *_ = at.operands

@@ -60,7 +60,7 @@ class Lanes:
         self.special = {name: values[threads] for name, values in unit.special.items()}
         self.block = unit.block_of[threads]  # (L,) which of the unit's blocks
         self.grid_block = unit.grid_block[threads]  # (L,) of the grid's
-        self.registers: dict[str, Bits] = {}
+        self.registers: dict[str, Bits] = dict(self.special)
         self.defined: dict[str, np.ndarray] = {}  # (L,) bool; absent: in all lanes
         self.pcs = np.zeros(self.count, np.int64)
         self.exited = np.zeros(self.count, bool)
@@ -69,6 +69,7 @@ class Lanes:
         self.flight: dict[str, int] = {}  # registers that wgmma is writing or reading -> its group
         self.inputs: set[str] = set()  # those of them that it only reads
         self.written: set[str] = set()  # since the last wgmma.fence
+        self.live = self.count  # lanes that have not exited
         self.carry = np.zeros(self.count, bool)
         self.steps = 0
         self.yielded = False  # asked for something that had not happened yet, and should let others run
@@ -100,8 +101,6 @@ class Lanes:
 
     def _first(self, name: str) -> Bits:
         """A register's bits when it has not been written."""
-        if name in self.special:
-            return self.special[name]
         if name.startswith(("%clock", "%globaltimer")):
             return np.full(self.count, self.steps, np.uint64)
         held = np.zeros(self.count, types.STORAGE[self.kernel.type_of(name)])

@@ -1,4 +1,4 @@
-"""mma.sync: products of small matrices whose elements the lanes of a warp hold (PTX ISA, 9.7.15.5).
+"""mma.sync: products of small matrices whose elements the lanes of a warp hold (PTX ISA, 9.7.14.5).
 
 Products are exact and sums are taken in float64, then rounded once: the hardware's own rounding inside is its secret.
 """
@@ -28,7 +28,7 @@ def operand(bits: np.ndarray, kind: str) -> np.ndarray:
 
 @functools.cache
 def fragment_a(registers: int, halves: int) -> tuple[np.ndarray, np.ndarray]:
-    """(32, R, H) rows and columns of A (16, K) in a lane's registers (figures of 9.7.15.5.1-8)."""
+    """(32, R, H) rows and columns of A (16, K) in a lane's registers (figures of 9.7.14.5.1-8)."""
     r, half = np.arange(registers)[:, None], np.arange(halves)
     step = 8 if halves == 2 else 4
     rows = LANE // 4 + 8 * (r & 1) + 0 * half
@@ -84,7 +84,7 @@ def write_accumulators(
         lanes.write(register, bits[k], active, bad[k] if bad is not None and bad[k].any() else None)
 
 
-@executes("mma.sync.aligned", section="9.7.15.5.14", whole=32)
+@executes("mma.sync.aligned", section="9.7.14.5.14", whole=32)
 def _mma(at: Instruction, lanes: Lanes, active: Active) -> None:
     d, a, b, c = at.operands
     shape = re.fullmatch(r"m16n8k(\d+)", at.modifiers[2])

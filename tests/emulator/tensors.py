@@ -1,4 +1,4 @@
-"""Tensor copies: boxes of tensors, by tensor maps (TMA; PTX ISA, 9.7.9.27)."""
+"""Tensor copies: boxes of tensors, by tensor maps (TMA; PTX ISA, 9.7.9.25.5)."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def _outside(tensor: TensorMap) -> np.ndarray:
     return np.frombuffer(bits[tensor.kind].to_bytes(size, "little"), np.uint8)
 
 
-@executes("cp.async.bulk.tensor", section="9.7.9.27.1.2", blocks=True)
+@executes("cp.async.bulk.tensor", section="9.7.9.25.5.2", blocks=True)
 def _tensor(at: Instruction, lanes: Lanes, active: Active) -> None:
     if any(m.startswith("im2col") or m.startswith("tile:") for m in at.modifiers):
         raise Fault("only tiled tensor copies are known")

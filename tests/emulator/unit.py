@@ -117,8 +117,8 @@ class Unit:
         return f"block {tuple(map(int, numbers[:3]))}, thread {tuple(map(int, numbers[3:]))}"
 
     def alive(self, block: int | None = None) -> int:
-        """Threads that have not exited, of one block or of all."""
-        return sum(int((~g.exited & ((g.block == block) | (block is None))).sum()) for g in self.groups)
+        """Threads that have not exited, of one block or of all (where blocks can meet, a group lies in one)."""
+        return sum(g.live for g in self.groups if block is None or g.block[0] == block)
 
     def start(self, copy: Copy) -> None:
         """An asynchronous copy begins; it lands when the schedule says."""

@@ -1,4 +1,4 @@
-"""What the lanes of a warp do with each other: shuffles, votes, elections (PTX ISA, 9.7.9.5-6, 9.7.14)."""
+"""What the lanes of a warp do with each other: shuffles, votes, elections (PTX ISA, 9.7.9.6, 9.7.13)."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def _shfl(at: Instruction, lanes: Lanes, active: Active) -> Wait | None:
     return None
 
 
-@executes("vote.sync", section="9.7.14.10", blocks=True)
+@executes("vote.sync", section="9.7.13.9", blocks=True)
 def _vote(at: Instruction, lanes: Lanes, active: Active) -> Wait | None:
     to, source, members = at.operands
     if (wait := meeting(at, members, lanes, active)) is not None:
@@ -97,7 +97,7 @@ def _vote(at: Instruction, lanes: Lanes, active: Active) -> Wait | None:
     return None
 
 
-@executes("match.any.sync", "match.all.sync", section="9.7.14.11", blocks=True)
+@executes("match.any.sync", "match.all.sync", section="9.7.13.10", blocks=True)
 def _match(at: Instruction, lanes: Lanes, active: Active) -> Wait | None:
     to, source, members = at.operands
     if (wait := meeting(at, members, lanes, active)) is not None:
@@ -117,13 +117,13 @@ def _match(at: Instruction, lanes: Lanes, active: Active) -> Wait | None:
     return None
 
 
-@executes("activemask", section="9.7.14.12")
+@executes("activemask", section="9.7.13.11")
 def _activemask(at: Instruction, lanes: Lanes, active: Active) -> None:
     here = active.mask.reshape(-1, 32).astype(np.uint64) << np.arange(32, dtype=np.uint64)
     lanes.write(at.operands[0], np.repeat(here.sum(axis=1).astype(np.uint32), 32), active)
 
 
-@executes("redux.sync", section="9.7.14.13", blocks=True)
+@executes("redux.sync", section="9.7.13.12", blocks=True)
 def _redux(at: Instruction, lanes: Lanes, active: Active) -> Wait | None:
     to, source, members = at.operands
     if (wait := meeting(at, members, lanes, active)) is not None:
@@ -146,7 +146,7 @@ def _redux(at: Instruction, lanes: Lanes, active: Active) -> Wait | None:
     return None
 
 
-@executes("elect.sync", section="9.7.14.15", blocks=True)
+@executes("elect.sync", section="9.7.13.14", blocks=True)
 def _elect(at: Instruction, lanes: Lanes, active: Active) -> Wait | None:
     """One lane of those named: the lowest, as hardware does; PTX leaves it open."""
     to, members = at.operands

@@ -1,4 +1,4 @@
-"""wgmma: products of matrices in shared memory by a warpgroup, asynchronously (PTX ISA, 9.7.16).
+"""wgmma: products of matrices in shared memory by a warpgroup, asynchronously (PTX ISA, 9.7.15).
 
 Results are in the registers at once, and out of bounds until the group has been waited for. Operands in shared memory
 are read through the async proxy until then.
@@ -36,17 +36,17 @@ def _agent(lanes: Lanes) -> int:
     return lanes.unit.clocks.agent(key, f"wgmma of {lanes.unit.name(int(lanes.threads[0]))} and its warpgroup", True)
 
 
-@executes("wgmma.fence", section="9.7.16.7.1", whole=128)
+@executes("wgmma.fence", section="9.7.15.7.1", whole=128)
 def _fence(at: Instruction, lanes: Lanes, active: Active) -> None:
     lanes.written.clear()
 
 
-@executes("wgmma.commit_group", section="9.7.16.7.2", whole=128)
+@executes("wgmma.commit_group", section="9.7.15.7.2", whole=128)
 def _commit(at: Instruction, lanes: Lanes, active: Active) -> None:
     _group(lanes)[0] += 1
 
 
-@executes("wgmma.wait_group", section="9.7.16.7.3", whole=128)
+@executes("wgmma.wait_group", section="9.7.15.7.3", whole=128)
 def _wait(at: Instruction, lanes: Lanes, active: Active) -> None:
     (pending,) = at.operands
     assert isinstance(pending, Immediate) and lanes.unit.clocks is not None
@@ -56,7 +56,7 @@ def _wait(at: Instruction, lanes: Lanes, active: Active) -> None:
     lanes.unit.clocks.learn(lanes.threads, _agent(lanes), done)
 
 
-@executes("wgmma.mma_async", section="9.7.16.5.2", whole=128)
+@executes("wgmma.mma_async", section="9.7.15.5.2", whole=128)
 def _mma_async(at: Instruction, lanes: Lanes, active: Active) -> None:
     d, a, b, scale, negate_a, negate_b, *trans = at.operands
     shape = re.fullmatch(r"m64n(\d+)k(\d+)", at.modifiers[3])
@@ -140,7 +140,7 @@ def _fly(lanes: Lanes, d: Vector, a: Operand) -> None:
 
 @functools.cache
 def offsets(shape: tuple[int, int], size: int, leading: int, stride: int, swizzle: int, turned: int) -> np.ndarray:
-    """(M, K) bytes from the start to each element, before swizzling (9.7.16.5.1.2, canonical layouts).
+    """(M, K) bytes from the start to each element, before swizzling (9.7.15.5.1.2, canonical layouts).
 
     Elements of ``size`` bytes; a chunk is 16 bytes, a row of an atom ``swizzle`` bytes. Contiguous along K, or, turned,
     along M (N of operand B).
@@ -160,7 +160,7 @@ def offsets(shape: tuple[int, int], size: int, leading: int, stride: int, swizzl
 def _from_shared(
     lanes: Lanes, active: Active, register: Operand, kind: str, shape: tuple[int, int], turned: int, name: str
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """(M, K) and where it is undefined (None: nowhere), by a descriptor (9.7.16.5.1.2.2)."""
+    """(M, K) and where it is undefined (None: nowhere), by a descriptor (9.7.15.5.1.2.2)."""
     unit = lanes.unit
     descriptor = lanes.uniform(register, "u64", active, f"the descriptor of {name}")
     start, leading, stride = ((descriptor >> bit & 0x3FFF) << 4 for bit in (0, 16, 32))

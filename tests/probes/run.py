@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+import golden
 from emulator import Schedule, TensorMap, emulate
 from emulator.compilers import compiled
 from emulator.parser import Kernel
@@ -55,23 +56,10 @@ def emulated_triton(
     return [array_of(arguments[k]) for k in probe.outputs]
 
 
-def numbers(array: np.ndarray) -> np.ndarray:
-    """float64; uint16 are the bits of bfloat16."""
-    if array.dtype == np.uint16:
-        array = (array.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    return array.astype(np.float64)
-
-
 def wrong(probe: Probe | TritonProbe, outputs: Sequence[np.ndarray]) -> str:
     """What is wrong with outputs; nothing: ""."""
     for position, got, want in zip(probe.outputs, outputs, probe.expected(arguments_of(probe)), strict=True):
-        if got.dtype == want.dtype and probe.tolerance == 0:
-            differ = (got != want) & ~((got != got) & (want != want))
-            if differ.any():
-                at = tuple(int(i) for i in np.argwhere(differ)[0])
-                return f"result: output {position} at {at} is {got[at]}, expected {want[at]} ({differ.sum()} differ)"
-            continue
-        error = np.linalg.norm(numbers(got) - want) / max(float(np.linalg.norm(want)), 1e-30)
-        if not error <= probe.tolerance:
-            return f"result: output {position} has error {error:.3g}, limit {probe.tolerance:.3g}"
+        agrees, words = golden.compare(got, want, probe.tolerance)
+        if not agrees:
+            return f"result: output {position}: {words}"
     return ""

@@ -1,0 +1,549 @@
+"""What the emulator has to find in a kernel, a pair for each check: the wrong kernel, and the same one put right."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from emulator import EmulatorError, Schedule, TensorMap, emulate, parse
+from emulator.parser import Kernel
+from probes.run import SCHEDULES
+
+MODULE = """.version 9.0
+.target sm_90a
+.address_size 64
+.file 1 "some/where.cu"
+.visible .entry k(.param .u64 out, .param .u64 in{parameters})
+{{
+    .reg .pred %p<9>, %leader, %first, %half;
+    .reg .b32 %r<20>, %t, %lane, %warp, %block, %x, %mine, %pair, %next, %there;
+    .reg .b64 %rd<9>, %out, %in, %map;
+    .reg .f32 %f<9>;
+    {shared}
+    .loc 1 99 0
+    ld.param.u64 %out, [out];
+    ld.param.u64 %in, [in];
+    mov.u32 %t, %tid.x;
+    mov.u32 %block, %ctaid.x;
+    mov.u32 %r1, %ntid.x;
+    mad.lo.u32 %r1, %block, %r1, %t;
+    mul.wide.u32 %rd1, %r1, 4;
+    add.s64 %out, %out, %rd1;
+    add.s64 %in, %in, %rd1;
+    ld.global.u32 %x, [%in];
+    and.b32 %lane, %t, 31;
+    shr.u32 %warp, %t, 5;
+    setp.eq.u32 %leader, %t, 0;
+    setp.lt.u32 %first, %t, 32;
+    setp.lt.u32 %half, %lane, 16;
+    {addresses}
+    {body}
+    .loc 1 98 0
+    ret;
+}}
+"""
+SHARED = ".shared .align 1024 .b8 s[4096]; .shared .align 8 .b64 full; .shared .align 8 .b64 more;"
+# A word of each thread, its neighbour's in the warp, and that of its lane in the next warp.
+ADDRESSES = "shl.b32 %r1, %t, 2; mov.u32 %r2, s; add.u32 %mine, %r2, %r1; xor.b32 %pair, %mine, 4;" + (
+    "xor.b32 %next, %mine, 128;"
+)
+PTX_LINE = r"PTX line \d+, [\w.:]+: "
+
+
+@dataclass(frozen=True)
+class Pair:
+    """
+    Attributes:
+        body: One line of "where.cu" each; of ``<a|b>``, a makes the kernel wrong and b right.
+        said: What the wrong one is refused with; "numbers": its results may be wrong instead.
+        want: The right one's results by its input, one word per thread; None: its input.
+        here: The refusal names the kernel, the source's line, block and thread (a deadlock has several of those).
+        once: Order decides, and one of the schedules has to find it.
+        missed: Why the wrong kernel is not refused.
+        refused: Why the right kernel is.
+    """
+
+    name: str
+    body: str
+    said: str
+    want: Callable[[np.ndarray], np.ndarray] | None = None
+    threads: int = 64
+    grid: int = 1
+    cluster: int = 1
+    tensor: Callable[[np.ndarray], TensorMap | bytes] | None = None  # made of the results' array
+    shared: bool = True
+    here: bool = True
+    once: bool = False
+    missed: str = ""
+    refused: str = ""
+
+    def kernel(self, right: bool) -> Kernel:
+        lines = [line.strip() for line in self.body.strip().split("\n")]
+        chosen = [re.sub(r"<([^|<>]*)\|([^<>]*)>", lambda m: m[1 + right], line) for line in lines]
+        return parse(
+            MODULE.format(
+                parameters=", .param .align 64 .b8 m[128]" if self.tensor else "",
+                shared=SHARED if self.shared else "",
+                addresses=ADDRESSES if self.shared else "",
+                body="\n".join(f".loc 1 {number} 0\n{line}" for number, line in enumerate(chosen, 1)),
+            )
+        )["k"]
+
+    def run(self, right: bool, schedule: Schedule) -> bool:
+        """Whether the results are as wanted."""
+        given = np.arange(100, 100 + self.grid * self.threads, dtype=np.uint32)
+        out = np.zeros_like(given)
+        wanted = given.copy() if self.want is None else np.asarray(self.want(given.copy()))
+        more = [self.tensor(out)] if self.tensor else []
+        kernel, sizes = self.kernel(right), {"cluster": [self.cluster], "schedule": schedule}
+        emulate(kernel, [self.grid], [self.threads], [out, given, *more], **sizes)
+        return bool((out == wanted).all())
+
+
+def wrong_ones(pairs: Sequence[Pair]) -> list:
+    marks = lambda why: [pytest.mark.xfail(strict=True, reason=why)] if why else []  # noqa: E731
+    return [pytest.param(pair, id=pair.name, marks=marks(pair.missed)) for pair in pairs]
+
+
+def right_ones(pairs: Sequence[Pair]) -> list:
+    marks = lambda why: [pytest.mark.xfail(strict=True, reason=why)] if why else []  # noqa: E731
+    return [pytest.param(pair, id=pair.name, marks=marks(pair.refused)) for pair in pairs]
+
+
+def refuses(pair: Pair) -> None:
+    found = {}
+    for name, schedule in SCHEDULES.items():
+        try:
+            found[name] = "" if pair.run(False, schedule) else "numbers"
+        except EmulatorError as error:
+            found[name] = str(error)
+    matching = [bool(re.search(pair.said, said)) for said in found.values()]
+    assert any(matching) if pair.once else all(matching), found
+    for said in found.values():
+        if said not in ("", "numbers"):
+            where = rf"^k, where\.cu:\d+, {PTX_LINE}.* in block \(\d, 0, 0\), thread \(\d+, 0, 0\)( and others)?$"
+            assert re.search(where if pair.here else r"^k: ", said), said
+
+
+def runs(pair: Pair) -> None:
+    for name, schedule in SCHEDULES.items():
+        assert pair.run(True, schedule), name
+
+
+def swapped(step: int) -> Callable[[np.ndarray], np.ndarray]:
+    return lambda x: x[np.arange(len(x)) ^ step]
+
+
+def constant(value: int) -> Callable[[np.ndarray], np.ndarray]:
+    return lambda x: np.full_like(x, value)
+
+
+# -- races -------------------------------------------------------------------------------------------------------------
+
+THREAD = r"block \(\d, 0, 0\), thread \(\d+, 0, 0\)"
+RACE = rf"race: (reads|writes) byte \d+ of shared memory( of the cluster's block 1)?, which {THREAD} "
+BOTH = RACE + rf"(wrote|reads) at where.cu:\d, {PTX_LINE[:-2]}; nothing orders the two in {THREAD}$"
+ZEROED = "st.shared.u32 [%mine], 0; bar.sync 0;"
+STORE = "st.global.u32 [%out], %r1;"
+CLUSTER = "barrier.cluster.arrive; barrier.cluster.wait;"
+# Its own word, in the other block.
+THERE = "xor.b32 %r3, %block, 1; mapa.shared::cluster.u32 %there, %mine, %r3;"
+
+RACES = [
+    Pair(
+        "read after write, across warps",
+        f"{ZEROED}\n st.shared.u32 [%mine], %x;\n <|bar.sync 0;> ld.shared.u32 %r1, [%next];\n {STORE}",
+        BOTH,
+        swapped(32),
+    ),
+    Pair(
+        "read after write, within a warp",
+        f"{ZEROED}\n st.shared.u32 [%mine], %x;\n <|bar.warp.sync -1;> ld.shared.u32 %r1, [%pair];\n {STORE}",
+        BOTH,
+        swapped(1),
+    ),
+    Pair(
+        "a shuffle orders no memory",
+        f"""{ZEROED} st.shared.u32 [%mine], %x;
+        <shfl.sync.bfly.b32 %r2, %t, 1, 31, -1;|bar.warp.sync -1;> ld.shared.u32 %r1, [%pair]; {STORE}""",
+        BOTH,
+        swapped(1),
+    ),
+    Pair(
+        "a bar.warp.sync of half the warp",
+        f"""{ZEROED} st.shared.u32 [%mine], %x; @%half bra L;
+        bar.warp.sync 0xFFFF0000; L: <|bar.warp.sync -1;> ld.shared.u32 %r1, [%pair]; {STORE}""",
+        BOTH,
+        swapped(1),
+    ),
+    Pair(
+        "write after read, across warps",
+        f"""st.shared.u32 [%mine], %x; bar.sync 0; ld.shared.u32 %r1, [%next];
+        <|bar.sync 0;> st.shared.u32 [%mine], %t; {STORE}""",
+        BOTH,
+        swapped(32),
+    ),
+    Pair(
+        "write after read, within a warp",
+        f"""st.shared.u32 [%mine], %x; bar.warp.sync -1; ld.shared.u32 %r1, [%pair];
+        <|bar.warp.sync -1;> st.shared.u32 [%mine], %t; {STORE}""",
+        BOTH,
+        swapped(1),
+    ),
+    Pair(
+        "write after write",
+        f"""st.shared.u32 [%mine], %t;
+        <|bar.sync 0;> st.shared.u32 [%next], %x; bar.sync 0; ld.shared.u32 %r1, [%mine]; {STORE}""",
+        BOTH,
+        swapped(32),
+    ),
+    Pair(
+        "two values at one address",
+        f"setp.eq.u32 %p1, %lane, 0;\n @%p1 st.shared.u32 [s], <%warp|7>;\n bar.sync 0; ld.shared.u32 %r1, [s]; {STORE}",
+        f"{BOTH}|threads write different values to one address of shared memory in {THREAD}",
+        constant(7),
+    ),
+    Pair(
+        "two values at one address, from one warp",
+        f"st.shared.u32 [s], <%lane|7>;\n bar.sync 0; ld.shared.u32 %r1, [s]; {STORE}",
+        f"threads write different values to one address of shared memory in {THREAD}",
+        constant(7),
+    ),
+    Pair(
+        "a cluster's blocks",
+        f"""{THERE} {ZEROED} {CLUSTER} st.shared.u32 [%mine], %x;
+        <bar.sync 0;|{CLUSTER}> ld.shared::cluster.u32 %r1, [%there]; {CLUSTER} {STORE}""",
+        BOTH,
+        swapped(64),
+        grid=2,
+        cluster=2,
+    ),
+    Pair(
+        "a cluster's relaxed arrival",
+        f"""{THERE} {ZEROED} {CLUSTER} st.shared.u32 [%mine], %x; barrier.cluster.arrive<.relaxed|>;
+        barrier.cluster.wait; ld.shared::cluster.u32 %r1, [%there]; {CLUSTER} {STORE}""",
+        BOTH,
+        swapped(64),
+        grid=2,
+        cluster=2,
+    ),
+    Pair(
+        "a flag without release",
+        f"""{ZEROED} @!%first bra W; @!%leader bra OWN; st.shared.u32 [s+4], 7;
+        st.<relaxed|release>.cta.shared.u32 [s], 1;
+        OWN: mov.u32 %r1, 7; bra DONE;
+        W: ld.acquire.cta.shared.u32 %r2, [s]; setp.eq.u32 %p1, %r2, 0; @%p1 bra W;
+        ld.shared.u32 %r1, [s+4]; DONE: {STORE}""",
+        BOTH,
+        constant(7),
+    ),
+    Pair(
+        "a flag between fences",
+        f"""{ZEROED} @!%first bra W; @!%leader bra OWN; st.shared.u32 [s+4], 7;
+        <|fence.acq_rel.cta;> st.relaxed.cta.shared.u32 [s], 1;
+        OWN: mov.u32 %r1, 7; bra DONE;
+        W: ld.relaxed.cta.shared.u32 %r2, [s]; setp.eq.u32 %p1, %r2, 0; @%p1 bra W;
+        <|fence.acq_rel.cta;> ld.shared.u32 %r1, [s+4]; DONE: {STORE}""",
+        BOTH,
+        constant(7),
+        refused="fence.acq_rel makes no release and acquire of the relaxed accesses beside it (PTX ISA, 8.8)",
+    ),
+    Pair(
+        "flags of two blocks",
+        f"""{THERE} {ZEROED} {CLUSTER} st.shared.u32 [%mine+1024], %x; bar.sync 0;
+        @%leader st.release.cluster.shared.u32 [s], 1; barrier.cluster.arrive.relaxed; barrier.cluster.wait;
+        <ld.acquire.cluster.shared.u32 %r2, [s];|{CLUSTER}>
+        ld.shared::cluster.u32 %r1, [%there+1024]; {CLUSTER} {STORE}""",
+        BOTH,
+        swapped(64),
+        grid=2,
+        cluster=2,
+        missed="flags are kept by their address within a block: one block's release reaches another's acquire",
+    ),
+    Pair(
+        "a flag, its readers first in the text",
+        f"""{ZEROED} @%first bra SEND;
+        W: ld.<relaxed|acquire>.cta.shared.u32 %r2, [s]; setp.eq.u32 %p1, %r2, 0; @%p1 bra W;
+        ld.shared.u32 %r1, [s+4]; bra DONE;
+        SEND: @!%leader bra OWN; st.shared.u32 [s+4], 7; st.release.cta.shared.u32 [s], 1;
+        OWN: mov.u32 %r1, 7; DONE: {STORE}""",
+        BOTH,
+        constant(7),
+        missed=(starves := "in lockstep, a warp that spins before the code of the one it waits for never lets it run"),
+        refused=starves,
+    ),
+]
+GLOBAL = (
+    r"race: (reads|writes) byte \d+ of buffer \w+, which block \d of the grid (wrote|wrote too|read); nothing orders"
+)
+RACES += [
+    Pair(
+        f"blocks write two values{text}",
+        "mul.wide.u32 %rd1, %t, 4; ld.param.u64 %rd2, [out]; add.s64 %rd2, %rd2, %rd1;\n st.global.u32 [%rd2], <%block|7>;",
+        f"{GLOBAL}|threads write different values to one address of buffer out",
+        lambda x: np.repeat([7, 0], 64),
+        grid=2,
+        shared=shared,
+    )
+    for text, shared in (("", True), (", together in a unit", False))
+] + [
+    Pair(
+        f"a block reads what another writes{text}",
+        f"mul.wide.u32 %rd1, %t, 4; ld.param.u64 %rd2, [in]; add.s64 %rd2, %rd2, %rd1;\n"
+        f"ld.global.u32 %r1, [<%rd2|%in>]; st.global.u32 [%in], 0; {STORE}",
+        GLOBAL,
+        grid=2,
+        shared=shared,
+    )
+    for text, shared in (("", True), (", together in a unit", False))
+]
+RACES += [
+    Pair(
+        "global memory within a block",
+        f"""st.global.u32 [%out], %x; xor.b32 %r2, %t, 32; mul.wide.u32 %rd1, %r2, 4; ld.param.u64 %rd2, [out];
+        <|bar.sync 0;> add.s64 %rd2, %rd2, %rd1; ld.global.u32 %r1, [%rd2]; bar.sync 0; {STORE}""",
+        "race",
+        swapped(32),
+        missed="global memory has no shadow of threads; in lockstep even the numbers are right",
+    ),
+    Pair(
+        "uninitialised shared memory",
+        f"<|st.shared.u32 [%mine], %x;> ld.shared.u32 %r1, [%mine];\n {STORE}",
+        r"^k, where.cu:2, PTX line \d+, st.global.u32: the stored value is undefined in block \(0, 0, 0\), thread \(\d+",
+    ),
+    Pair(
+        "uninitialised shared memory, an atomic operation",
+        "<|st.shared.u32 [%mine], 1;> atom.shared.add.u32 %r1, [%mine], 1; ld.shared.u32 %r1, [%mine];" + STORE,
+        "uninitialised shared memory takes part in an atomic operation",
+        constant(2),
+    ),
+    Pair(
+        "shared memory out of bounds",
+        f"st.shared.u32 [%mine+<4096|0>], %x; ld.shared.u32 %r1, [%mine]; {STORE}",
+        r"^k, where.cu:1, .*shared address 0x14[18]0 is out of bounds: byte 4(112|224) of 4112 in .*, thread \((4|32), 0, 0\)",
+    ),
+    Pair(
+        "shared memory misaligned",
+        f"st.shared.u32 [%mine+<2|0>], %x; ld.shared.u32 %r1, [%mine]; {STORE}",
+        r"^k, where.cu:1, .*: address 0x4[08]2 is not aligned to 4 bytes .shared address 0x4[08]2. in .*, thread \((0|32), 0, 0\)",
+    ),
+]
+
+# -- barriers ----------------------------------------------------------------------------------------------------------
+
+STANDING = rf"^k: deadlock: (.*; )?{THREAD}( and \d+ more)? at where.cu:\d, {PTX_LINE}"
+OUT = "st.global.u32 [%out], %x;"
+BARRIERS = [
+    Pair(
+        "two counts at one barrier",
+        f"@%first bar.sync 1, 64; @!%first bar.sync 1, <96|64>; {OUT}",
+        r"barrier 1 is waited for with counts (64 and 96|96 and 64)",
+    ),
+    Pair("a count of no whole warps", f"bar.sync 1, <40|64>; {OUT}", "a count of 40 threads is not one of whole warps"),
+    Pair(
+        "a count too small",
+        f"bar.sync 1, <64|96>; {OUT}",
+        r"96 threads arrive at barrier 1, which expects 64|race: arrives at barrier 1, which .* has used",
+        threads=96,
+    ),
+    Pair(
+        "a count too large",
+        f"{OUT}\n bar.sync 1, <96|64>;",
+        STANDING + r"waits for barrier 1, where 64 of 96 threads have arrived",
+        here=False,
+    ),
+    Pair("a barrier beyond the last", f"bar.sync <16|15>; {OUT}", "barrier 16: a block has 16"),
+    Pair(
+        "reuse by other threads",
+        f"setp.lt.u32 %p1, %t, 64; @%p1 bar.sync 1, 64; <|bar.sync 0;> @!%p1 bar.sync 1, 64; {OUT}",
+        r"race: arrives at barrier 1, which block \(0, 0, 0\), thread \(\d+, 0, 0\) has used, and does not know that|"
+        "128 threads arrive at barrier 1, which expects 64",
+        threads=128,
+    ),
+    Pair(
+        "a warp that does not come",
+        f"{OUT}\n <@%first|> bar.sync 1, 64;",
+        r"^k: deadlock: block \(0, 0, 0\), thread \(0, 0, 0\) and 31 more at where.cu:2, PTX line \d+, bar.sync: "
+        "waits for barrier 1, where 32 of 64 threads have arrived$",
+        here=False,
+    ),
+    Pair(
+        "a producer that does not arrive",
+        f"""@%first bra SEND; bar.sync 1, 64; ld.shared.u32 %r1, [%next]; bra DONE;
+        SEND: st.shared.u32 [%mine], %x; <|bar.arrive 1, 64;> mov.u32 %r1, %x; DONE: {STORE}""",
+        STANDING + "waits for barrier 1, where 32 of 64",
+        lambda x: np.tile(x[:32], 2),
+        here=False,
+    ),
+    Pair(
+        "barriers in two orders",
+        f"<@%first|> bar.sync 1, 64; bar.sync 2, 64; <@!%first bar.sync 1, 64;|> {OUT}",
+        rf"{STANDING}waits for barrier 1, where 32 of 64.*; {THREAD} and 31 more at .*: waits for barrier 2, where 32",
+        here=False,
+    ),
+    Pair(
+        "lanes of the warp that have exited",
+        f"{OUT} setp.ge.u32 %p1, %t, <48|32>; @%p1 exit;\n bar.sync 0;",
+        "^k, where.cu:2, .*bar.sync: lanes of the same warp have exited",
+    ),
+    Pair(
+        "a barrier of a block's exited threads",
+        f"{OUT} @%first exit;\n bar.sync <1, 64|0>;",
+        STANDING + "waits for barrier 1, where 32 of 64 threads have arrived",
+        here=False,
+    ),
+    Pair(
+        "a divergent bar.sync",
+        f"{OUT} @%half bra L;\n <bar|barrier>.sync 0; bra M;\n L: <bar|barrier>.sync 0; M:",
+        STANDING + "waits for the other lanes of its warp",
+        here=False,
+    ),
+    Pair(
+        "a bar.sync under a predicate of half a warp",
+        f"{OUT} <@%half|> bar.sync 0;",
+        STANDING + "waits for the other lanes of its warp",
+        here=False,
+        missed="the lanes that the predicate leaves out stand at its pc and count as come: it runs out of the budget",
+    ),
+    Pair(
+        "a cluster's barrier, twice", f"<barrier.cluster.arrive;|> {CLUSTER} {OUT}", "arrives .* twice without waiting"
+    ),
+    Pair(
+        "a cluster's barrier, not arrived",
+        f"<|barrier.cluster.arrive;> barrier.cluster.wait; {OUT}",
+        "waits at the cluster's barrier without having arrived",
+    ),
+]
+
+
+# -- mbarriers ---------------------------------------------------------------------------------------------------------
+
+
+def init(count: int, barrier: str = "full") -> str:
+    return f"@%leader mbarrier.init.shared.b64 [{barrier}], {count};"
+
+
+def wait(parity: int = 0, name: str = "W", barrier: str = "full") -> str:
+    return f"{name}: mbarrier.try_wait.parity.shared.b64 %p8, [{barrier}], {parity}; @!%p8 bra {name};"
+
+
+ARRIVE = "mbarrier.arrive.shared.b64 %rd8, [full];"
+EXCHANGE = f"ld.shared.u32 %r1, [%next]; {STORE}"  # after whatever orders it
+NOT_THERE = r"there is no mbarrier at byte 4096 of shared memory: it is uninitialised"
+MBARRIERS = [
+    Pair(
+        "no wait",
+        f"{ZEROED} {init(64)} bar.sync 0; st.shared.u32 [%mine], %x; {ARRIVE}\n <|{wait()}> {EXCHANGE}",
+        BOTH,
+        swapped(32),
+    ),
+    Pair(
+        "a relaxed arrival",
+        f"""{ZEROED} {init(64)} bar.sync 0; st.shared.u32 [%mine], %x;
+        mbarrier.arrive<.relaxed.cta|>.shared.b64 %rd8, [full]; {wait()} {EXCHANGE}""",
+        BOTH,
+        swapped(32),
+    ),
+    Pair("not initialised", f"<|{init(64)}> bar.sync 0; {ARRIVE} {wait()} {OUT}", NOT_THERE),
+    Pair(
+        "initialisation not ordered before use",
+        f"{init(64)} <|bar.sync 0;>\n {ARRIVE} {wait()} {OUT}",
+        f"{NOT_THERE}|race: reads byte 4096 of shared memory, which .*thread .0, 0, 0. wrote at where.cu:1",
+    ),
+    Pair(
+        "initialisation not ordered before cp.async.mbarrier.arrive",
+        f"""{init(65)} <|bar.sync 0;> cp.async.ca.shared.global [%mine], [%in], 4;
+        cp.async.mbarrier.arrive.noinc.shared.b64 [full]; bar.sync 0; @%leader {ARRIVE} {wait()} {EXCHANGE}""",
+        f"{NOT_THERE}|race: reads byte 4096",
+        swapped(32),
+        missed="cp.async.mbarrier.arrive does not ask whether the initialisation is ordered before it",
+    ),
+    Pair(
+        "initialised twice",
+        f"{init(64)} <{init(64)}|> bar.sync 0; {ARRIVE} {wait()} {OUT}",
+        "initialises the mbarrier at byte 4096 of shared memory a second time",
+    ),
+    Pair(
+        "used when invalidated",
+        f"{init(64)} bar.sync 0; {ARRIVE} {wait()} bar.sync 0; @%leader mbarrier.inval.shared.b64 [full];"
+        f"<|{init(64)}> bar.sync 0; {ARRIVE} {wait(name='V')} {OUT}",
+        NOT_THERE,
+    ),
+    Pair(
+        "invalidated while others may wait",
+        f"{init(64)} bar.sync 0; {ARRIVE} {wait()} <|bar.sync 0;> @%leader mbarrier.inval.shared.b64 [full]; {OUT}",
+        f"race: writes byte 4096|{NOT_THERE}",
+    ),
+    Pair(
+        "too many arrivals",
+        f"{init(2)} bar.sync 0; @%leader mbarrier.arrive.shared.b64 %rd8, [full], <3|2>; {wait()} {OUT}",
+        "3 arrivals at an mbarrier whose phase expects 2 more",
+    ),
+    Pair("a count of zero", f"{init(0)[:-2]}<0|64>; bar.sync 0; {ARRIVE} {wait()} {OUT}", "expected a count from 1 to"),
+    Pair(
+        "an arrival missing",
+        f"{init(65)} bar.sync 0; {ARRIVE} <|@%leader {ARRIVE}>\n {wait()} {OUT}",
+        STANDING + "waits for phase 0 of the mbarrier at byte 4096: 1 arrivals and 0 bytes are missing .waits for pari",
+        here=False,
+    ),
+    Pair(
+        "the parity of the phase before",  # passes at once, or never when the phase is over already
+        f"""{ZEROED} {init(32)} bar.sync 0; @%first bra SEND; {wait('<1|0>')} ld.shared.u32 %r1, [%next]; bra DONE;
+        SEND: st.shared.u32 [%mine], %x; {ARRIVE} mov.u32 %r1, %x; DONE: {STORE}""",
+        f"({BOTH})|{STANDING}waits for phase 1 of the mbarrier at byte 4096: 32 arrivals",
+        lambda x: np.tile(x[:32], 2),
+        here=False,
+    ),
+    Pair(
+        "the parity of the phase after",
+        f"{init(64)} bar.sync 0; {ARRIVE} {wait()} {wait('<1|0>', 'V')} {OUT}",
+        STANDING + r"waits for phase 1 of the mbarrier at byte 4096: 64 arrivals and 0 bytes are missing \(waits for parity 1",
+        here=False,
+    ),
+    Pair(
+        "an mbarrier read",
+        f"st.shared.u32 [s], 0; {init(1)} bar.sync 0; ld.shared.u32 %r2, [<full|s>]; {OUT}",
+        "shared address 0x1400 holds an mbarrier, which is opaque",
+    ),
+    Pair(
+        "an mbarrier written",
+        f"{init(1)} bar.sync 0; st.shared.u32 [<full|s>], 0; {OUT}",
+        "shared address 0x1400 holds an mbarrier, which is opaque",
+    ),
+    Pair(
+        "an mbarrier misaligned",
+        f"{init(64, '<full+4|full>')} bar.sync 0; {ARRIVE} {wait()} {OUT}",
+        "address 0x1404 is not aligned to 8 bytes .shared address 0x1404. in block",
+    ),
+    Pair(
+        "another block's mbarrier, no cluster barrier",
+        f"""mov.u32 %r4, full; xor.b32 %r3, %block, 1; mapa.shared::cluster.u32 %there, %r4, %r3; {init(64)} bar.sync 0;
+        <|{CLUSTER}> mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%there]; {wait()} {CLUSTER} {OUT}""",
+        f"{NOT_THERE}|race: reads byte 4096 of shared memory",
+        grid=2,
+        cluster=2,
+    ),
+]
+
+
+@pytest.fixture(autouse=True)
+def _small_budget(monkeypatch):
+    """These kernels end soon or never."""
+    monkeypatch.setattr("emulator.launch.BUDGET", 2000)
+
+
+ALL = [*RACES, *BARRIERS, *MBARRIERS]
+
+
+@pytest.mark.parametrize("pair", wrong_ones(ALL))
+def test_wrong_kernels(pair):
+    refuses(pair)
+
+
+@pytest.mark.parametrize("pair", right_ones(ALL))
+def test_right_kernels(pair):
+    runs(pair)
