@@ -1,157 +1,35 @@
-"""What the emulator has to find in a kernel, a pair for each check: the wrong kernel, and the same one put right."""
+"""What the emulator has to find: races, and the misuse of barriers; a wrong kernel and a right one for each check."""
 
 from __future__ import annotations
-
-import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
 
-from emulator import EmulatorError, Schedule, TensorMap, emulate, parse
-from emulator.parser import Kernel
-from probes.run import SCHEDULES
-
-MODULE = """.version 9.0
-.target sm_90a
-.address_size 64
-.file 1 "some/where.cu"
-.visible .entry k(.param .u64 out, .param .u64 in{parameters})
-{{
-    .reg .pred %p<9>, %leader, %first, %half;
-    .reg .b32 %r<20>, %t, %lane, %warp, %block, %x, %mine, %pair, %next, %there;
-    .reg .b64 %rd<9>, %out, %in, %map;
-    .reg .f32 %f<9>;
-    {shared}
-    .loc 1 99 0
-    ld.param.u64 %out, [out];
-    ld.param.u64 %in, [in];
-    mov.u32 %t, %tid.x;
-    mov.u32 %block, %ctaid.x;
-    mov.u32 %r1, %ntid.x;
-    mad.lo.u32 %r1, %block, %r1, %t;
-    mul.wide.u32 %rd1, %r1, 4;
-    add.s64 %out, %out, %rd1;
-    add.s64 %in, %in, %rd1;
-    ld.global.u32 %x, [%in];
-    and.b32 %lane, %t, 31;
-    shr.u32 %warp, %t, 5;
-    setp.eq.u32 %leader, %t, 0;
-    setp.lt.u32 %first, %t, 32;
-    setp.lt.u32 %half, %lane, 16;
-    {addresses}
-    {body}
-    .loc 1 98 0
-    ret;
-}}
-"""
-SHARED = ".shared .align 1024 .b8 s[4096]; .shared .align 8 .b64 full; .shared .align 8 .b64 more;"
-# A word of each thread, its neighbour's in the warp, and that of its lane in the next warp.
-ADDRESSES = "shl.b32 %r1, %t, 2; mov.u32 %r2, s; add.u32 %mine, %r2, %r1; xor.b32 %pair, %mine, 4;" + (
-    "xor.b32 %next, %mine, 128;"
+from emulator_pairs import (
+    ARRIVE,
+    BOTH,
+    CLUSTER,
+    EXCHANGE,
+    NOT_THERE,
+    OUT,
+    STANDING,
+    STORE,
+    THERE,
+    THREAD,
+    ZEROED,
+    Pair,
+    constant,
+    init,
+    refuses,
+    right_ones,
+    runs,
+    swapped,
+    wait,
+    wrong_ones,
 )
-PTX_LINE = r"PTX line \d+, [\w.:]+: "
-
-
-@dataclass(frozen=True)
-class Pair:
-    """
-    Attributes:
-        body: One line of "where.cu" each; of ``<a|b>``, a makes the kernel wrong and b right.
-        said: What the wrong one is refused with; "numbers": its results may be wrong instead.
-        want: The right one's results by its input, one word per thread; None: its input.
-        here: The refusal names the kernel, the source's line, block and thread (a deadlock has several of those).
-        once: Order decides, and one of the schedules has to find it.
-        missed: Why the wrong kernel is not refused.
-        refused: Why the right kernel is.
-    """
-
-    name: str
-    body: str
-    said: str
-    want: Callable[[np.ndarray], np.ndarray] | None = None
-    threads: int = 64
-    grid: int = 1
-    cluster: int = 1
-    tensor: Callable[[np.ndarray], TensorMap | bytes] | None = None  # made of the results' array
-    shared: bool = True
-    here: bool = True
-    once: bool = False
-    missed: str = ""
-    refused: str = ""
-
-    def kernel(self, right: bool) -> Kernel:
-        lines = [line.strip() for line in self.body.strip().split("\n")]
-        chosen = [re.sub(r"<([^|<>]*)\|([^<>]*)>", lambda m: m[1 + right], line) for line in lines]
-        return parse(
-            MODULE.format(
-                parameters=", .param .align 64 .b8 m[128]" if self.tensor else "",
-                shared=SHARED if self.shared else "",
-                addresses=ADDRESSES if self.shared else "",
-                body="\n".join(f".loc 1 {number} 0\n{line}" for number, line in enumerate(chosen, 1)),
-            )
-        )["k"]
-
-    def run(self, right: bool, schedule: Schedule) -> bool:
-        """Whether the results are as wanted."""
-        given = np.arange(100, 100 + self.grid * self.threads, dtype=np.uint32)
-        out = np.zeros_like(given)
-        wanted = given.copy() if self.want is None else np.asarray(self.want(given.copy()))
-        more = [self.tensor(out)] if self.tensor else []
-        kernel, sizes = self.kernel(right), {"cluster": [self.cluster], "schedule": schedule}
-        emulate(kernel, [self.grid], [self.threads], [out, given, *more], **sizes)
-        return bool((out == wanted).all())
-
-
-def wrong_ones(pairs: Sequence[Pair]) -> list:
-    marks = lambda why: [pytest.mark.xfail(strict=True, reason=why)] if why else []  # noqa: E731
-    return [pytest.param(pair, id=pair.name, marks=marks(pair.missed)) for pair in pairs]
-
-
-def right_ones(pairs: Sequence[Pair]) -> list:
-    marks = lambda why: [pytest.mark.xfail(strict=True, reason=why)] if why else []  # noqa: E731
-    return [pytest.param(pair, id=pair.name, marks=marks(pair.refused)) for pair in pairs]
-
-
-def refuses(pair: Pair) -> None:
-    found = {}
-    for name, schedule in SCHEDULES.items():
-        try:
-            found[name] = "" if pair.run(False, schedule) else "numbers"
-        except EmulatorError as error:
-            found[name] = str(error)
-    matching = [bool(re.search(pair.said, said)) for said in found.values()]
-    assert any(matching) if pair.once else all(matching), found
-    for said in found.values():
-        if said not in ("", "numbers"):
-            where = rf"^k, where\.cu:\d+, {PTX_LINE}.* in block \(\d, 0, 0\), thread \(\d+, 0, 0\)( and others)?$"
-            assert re.search(where if pair.here else r"^k: ", said), said
-
-
-def runs(pair: Pair) -> None:
-    for name, schedule in SCHEDULES.items():
-        assert pair.run(True, schedule), name
-
-
-def swapped(step: int) -> Callable[[np.ndarray], np.ndarray]:
-    return lambda x: x[np.arange(len(x)) ^ step]
-
-
-def constant(value: int) -> Callable[[np.ndarray], np.ndarray]:
-    return lambda x: np.full_like(x, value)
-
 
 # -- races -------------------------------------------------------------------------------------------------------------
 
-THREAD = r"block \(\d, 0, 0\), thread \(\d+, 0, 0\)"
-RACE = rf"race: (reads|writes) byte \d+ of shared memory( of the cluster's block 1)?, which {THREAD} "
-BOTH = RACE + rf"(wrote|reads) at where.cu:\d, {PTX_LINE[:-2]}; nothing orders the two in {THREAD}$"
-ZEROED = "st.shared.u32 [%mine], 0; bar.sync 0;"
-STORE = "st.global.u32 [%out], %r1;"
-CLUSTER = "barrier.cluster.arrive; barrier.cluster.wait;"
-# Its own word, in the other block.
-THERE = "xor.b32 %r3, %block, 1; mapa.shared::cluster.u32 %there, %mine, %r3;"
 
 RACES = [
     Pair(
@@ -203,7 +81,7 @@ RACES = [
     ),
     Pair(
         "two values at one address",
-        f"setp.eq.u32 %p1, %lane, 0;\n @%p1 st.shared.u32 [s], <%warp|7>;\n bar.sync 0; ld.shared.u32 %r1, [s]; {STORE}",
+        f"setp.eq.u32 %p1, %lane, 0; @%p1 st.shared.u32 [s], <%warp|7>; bar.sync 0; ld.shared.u32 %r1, [s]; {STORE}",
         f"{BOTH}|threads write different values to one address of shared memory in {THREAD}",
         constant(7),
     ),
@@ -250,7 +128,6 @@ RACES = [
         <|fence.acq_rel.cta;> ld.shared.u32 %r1, [s+4]; DONE: {STORE}""",
         BOTH,
         constant(7),
-        refused="fence.acq_rel makes no release and acquire of the relaxed accesses beside it (PTX ISA, 8.8)",
     ),
     Pair(
         "flags of two blocks",
@@ -262,7 +139,6 @@ RACES = [
         swapped(64),
         grid=2,
         cluster=2,
-        missed="flags are kept by their address within a block: one block's release reaches another's acquire",
     ),
     Pair(
         "a flag, its readers first in the text",
@@ -273,17 +149,14 @@ RACES = [
         OWN: mov.u32 %r1, 7; DONE: {STORE}""",
         BOTH,
         constant(7),
-        missed=(starves := "in lockstep, a warp that spins before the code of the one it waits for never lets it run"),
-        refused=starves,
     ),
 ]
-GLOBAL = (
-    r"race: (reads|writes) byte \d+ of buffer \w+, which block \d of the grid (wrote|wrote too|read); nothing orders"
-)
+GLOBAL = r"race: (reads|writes) byte \d+ of buffer \w+, which (block \d of the grid|several blocks) (wrote|read)"
 RACES += [
     Pair(
         f"blocks write two values{text}",
-        "mul.wide.u32 %rd1, %t, 4; ld.param.u64 %rd2, [out]; add.s64 %rd2, %rd2, %rd1;\n st.global.u32 [%rd2], <%block|7>;",
+        "mul.wide.u32 %rd1, %t, 4; ld.param.u64 %rd2, [out]; add.s64 %rd2, %rd2, %rd1;\n"
+        "st.global.u32 [%rd2], <%block|7>;",
         f"{GLOBAL}|threads write different values to one address of buffer out",
         lambda x: np.repeat([7, 0], 64),
         grid=2,
@@ -313,7 +186,7 @@ RACES += [
     Pair(
         "uninitialised shared memory",
         f"<|st.shared.u32 [%mine], %x;> ld.shared.u32 %r1, [%mine];\n {STORE}",
-        r"^k, where.cu:2, PTX line \d+, st.global.u32: the stored value is undefined in block \(0, 0, 0\), thread \(\d+",
+        r"^k, where.cu:2, PTX line \d+, st.global.u32: the stored value is undefined in block \(0, 0, 0\), thread ",
     ),
     Pair(
         "uninitialised shared memory, an atomic operation",
@@ -324,19 +197,17 @@ RACES += [
     Pair(
         "shared memory out of bounds",
         f"st.shared.u32 [%mine+<4096|0>], %x; ld.shared.u32 %r1, [%mine]; {STORE}",
-        r"^k, where.cu:1, .*shared address 0x14[18]0 is out of bounds: byte 4(112|224) of 4112 in .*, thread \((4|32), 0, 0\)",
+        r"^k, where.cu:1, .*address 0x14[18]0 is out of bounds: byte 4(112|224) of 4112 in .*, thread \((4|32), 0, 0\)",
     ),
     Pair(
         "shared memory misaligned",
         f"st.shared.u32 [%mine+<2|0>], %x; ld.shared.u32 %r1, [%mine]; {STORE}",
-        r"^k, where.cu:1, .*: address 0x4[08]2 is not aligned to 4 bytes .shared address 0x4[08]2. in .*, thread \((0|32), 0, 0\)",
+        r"^k, where.cu:1, .*: address 0x4[08]2 is not aligned to 4 bytes .shared.* in .*, thread \((0|32), 0, 0\)",
     ),
 ]
 
 # -- barriers ----------------------------------------------------------------------------------------------------------
 
-STANDING = rf"^k: deadlock: (.*; )?{THREAD}( and \d+ more)? at where.cu:\d, {PTX_LINE}"
-OUT = "st.global.u32 [%out], %x;"
 BARRIERS = [
     Pair(
         "two counts at one barrier",
@@ -354,6 +225,12 @@ BARRIERS = [
         "a count too large",
         f"{OUT}\n bar.sync 1, <96|64>;",
         STANDING + r"waits for barrier 1, where 64 of 96 threads have arrived",
+        here=False,
+    ),
+    Pair(
+        "a count too large, and how many have arrived",
+        f"{OUT}\n bar.sync 1, <96|64>;",
+        "^((?!where 32 of 96).)* where 64 of 96 threads have arrived$",
         here=False,
     ),
     Pair("a barrier beyond the last", f"bar.sync <16|15>; {OUT}", "barrier 16: a block has 16"),
@@ -407,7 +284,6 @@ BARRIERS = [
         f"{OUT} <@%half|> bar.sync 0;",
         STANDING + "waits for the other lanes of its warp",
         here=False,
-        missed="the lanes that the predicate leaves out stand at its pc and count as come: it runs out of the budget",
     ),
     Pair(
         "a cluster's barrier, twice", f"<barrier.cluster.arrive;|> {CLUSTER} {OUT}", "arrives .* twice without waiting"
@@ -423,17 +299,6 @@ BARRIERS = [
 # -- mbarriers ---------------------------------------------------------------------------------------------------------
 
 
-def init(count: int, barrier: str = "full") -> str:
-    return f"@%leader mbarrier.init.shared.b64 [{barrier}], {count};"
-
-
-def wait(parity: int = 0, name: str = "W", barrier: str = "full") -> str:
-    return f"{name}: mbarrier.try_wait.parity.shared.b64 %p8, [{barrier}], {parity}; @!%p8 bra {name};"
-
-
-ARRIVE = "mbarrier.arrive.shared.b64 %rd8, [full];"
-EXCHANGE = f"ld.shared.u32 %r1, [%next]; {STORE}"  # after whatever orders it
-NOT_THERE = r"there is no mbarrier at byte 4096 of shared memory: it is uninitialised"
 MBARRIERS = [
     Pair(
         "no wait",
@@ -460,7 +325,6 @@ MBARRIERS = [
         cp.async.mbarrier.arrive.noinc.shared.b64 [full]; bar.sync 0; @%leader {ARRIVE} {wait()} {EXCHANGE}""",
         f"{NOT_THERE}|race: reads byte 4096",
         swapped(32),
-        missed="cp.async.mbarrier.arrive does not ask whether the initialisation is ordered before it",
     ),
     Pair(
         "initialised twice",
@@ -492,7 +356,7 @@ MBARRIERS = [
     ),
     Pair(
         "the parity of the phase before",  # passes at once, or never when the phase is over already
-        f"""{ZEROED} {init(32)} bar.sync 0; @%first bra SEND; {wait('<1|0>')} ld.shared.u32 %r1, [%next]; bra DONE;
+        f"""{ZEROED} {init(32)} bar.sync 0; @%first bra SEND; {wait("<1|0>")} ld.shared.u32 %r1, [%next]; bra DONE;
         SEND: st.shared.u32 [%mine], %x; {ARRIVE} mov.u32 %r1, %x; DONE: {STORE}""",
         f"({BOTH})|{STANDING}waits for phase 1 of the mbarrier at byte 4096: 32 arrivals",
         lambda x: np.tile(x[:32], 2),
@@ -501,7 +365,8 @@ MBARRIERS = [
     Pair(
         "the parity of the phase after",
         f"{init(64)} bar.sync 0; {ARRIVE} {wait()} {wait('<1|0>', 'V')} {OUT}",
-        STANDING + r"waits for phase 1 of the mbarrier at byte 4096: 64 arrivals and 0 bytes are missing \(waits for parity 1",
+        STANDING
+        + r"waits for phase 1 of the mbarrier at byte 4096: 64 arrivals and 0 bytes are missing \(waits for parity 1",
         here=False,
     ),
     Pair(
@@ -528,12 +393,6 @@ MBARRIERS = [
         cluster=2,
     ),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _small_budget(monkeypatch):
-    """These kernels end soon or never."""
-    monkeypatch.setattr("emulator.launch.BUDGET", 2000)
 
 
 ALL = [*RACES, *BARRIERS, *MBARRIERS]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from emulator.errors import Fault
-from emulator.memory import FIRST, LOCAL, PARAMETERS, SHARED, agree, span
+from emulator.memory import FIRST, LOCAL, PARAMETERS, SHARED, agree, aligned, span
 from emulator.parser import Address, Immediate, Instruction, Kernel, Register
 from emulator.registers import Active, Lanes
 from emulator.types import STORAGE, from_bits, width
@@ -84,14 +84,29 @@ def load(at: Instruction, lanes: Lanes, active: Active, where: np.ndarray, size:
                 raise Fault(f"reads past the kernel's {len(lanes.unit.parameters)} bytes of parameters")
             raw[chosen] = lanes.unit.parameters[span(inside[chosen], size)]
         elif space == "local":
-            raw[chosen] = _local(lanes, inside[chosen], size)[ids[chosen][:, None], span(inside[chosen], size)]
+            cells = ids[chosen][:, None], span(inside[chosen], size)
+            raw[chosen] = _local(lanes, inside[chosen], size)[cells]
+            valid[chosen] = lanes.local_valid[cells]
         else:
             found = shared(lanes, ids[chosen], inside[chosen], size, space == "shared:cluster")
-            if not is_strong(at) and lanes.unit.shadow is not None:
-                lanes.unit.shadow.load(granules(lanes, found, size), lanes.threads[ids[chosen]])
+            if lanes.unit.shadow is not None:
+                lanes.unit.shadow.load(granules(lanes, found, size), lanes.threads[ids[chosen]], is_strong(at))
             raw[chosen] = lanes.unit.shared.data[span(found, size)]
             valid[chosen] = lanes.unit.shared.valid[span(found, size)]
     return raw, valid
+
+
+def locations(at: Instruction, lanes: Lanes, active: Active, where: np.ndarray) -> list[tuple[str, int]]:
+    """Where the addresses of the active lanes lie, the same for one place however it was reached."""
+    found: list[tuple[str, int]] = [("", 0)] * len(where)
+    ids = np.flatnonzero(active.mask)
+    for space, chosen, inside in spaces(at, where):
+        places = inside[chosen]
+        if space.startswith("shared"):
+            places = shared(lanes, ids[chosen], places, 1, space == "shared:cluster")
+        for k, place in zip(np.flatnonzero(chosen), places, strict=True):
+            found[k] = space.split(":")[0], int(place)
+    return found
 
 
 def store(at: Instruction, lanes: Lanes, active: Active, where: np.ndarray, values: np.ndarray) -> None:
@@ -103,7 +118,9 @@ def store(at: Instruction, lanes: Lanes, active: Active, where: np.ndarray, valu
             blocks = None if is_strong(at) else lanes.grid_block[ids[chosen]]
             lanes.unit.memory.store(inside[chosen], values[chosen], blocks)
         elif space == "local":
-            _local(lanes, inside[chosen], size)[ids[chosen][:, None], span(inside[chosen], size)] = values[chosen]
+            cells = ids[chosen][:, None], span(inside[chosen], size)
+            _local(lanes, inside[chosen], size)[cells] = values[chosen]
+            lanes.local_valid[cells] = True
         elif space == "param":
             raise Fault("writes to a parameter")
         else:
@@ -123,11 +140,11 @@ def store_shared(lanes: Lanes, found: np.ndarray, values: np.ndarray, threads: n
     size, unit = values.shape[1], lanes.unit
     at = span(found, size)
     agree(found, values, "shared memory")
-    if not strong and unit.shadow is not None:
+    if unit.shadow is not None:
         cells = granules(lanes, found, size)
         same = unit.shared.valid[at] & (unit.shared.data[at] == values)
         same = same.reshape(len(found), cells.shape[1], -1).all(axis=2)
-        unit.shadow.store(cells, threads, same)
+        unit.shadow.store(cells, threads, same, strong=strong)
     unit.shared.data[at], unit.shared.valid[at] = values, True
 
 
@@ -166,6 +183,7 @@ def scatter(lanes: Lanes, active: Active, values: np.ndarray) -> np.ndarray:
 
 def _local(lanes: Lanes, where: np.ndarray, size: int) -> np.ndarray:
     held = lanes.locals
+    aligned(where, size, lambda address: f"local byte {address}")
     if held is None or ((where < 0) | (where + size > held.shape[1])).any():
         raise Fault(f"local address is out of bounds of {0 if held is None else held.shape[1]} bytes")
     return held

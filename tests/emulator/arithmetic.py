@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from emulator import types
+from emulator.errors import Fault
 from emulator.parser import Instruction
 from emulator.registers import Active, Lanes
 from emulator.table import computes, executes, simple
@@ -57,8 +58,8 @@ def _sum(name: str, section: str, plain: Callable[..., np.ndarray]) -> None:
 
 _sum("add", "9.7.1.1, 9.7.3.3, 9.7.4.1", np.add)
 _sum("sub", "9.7.1.2, 9.7.3.4, 9.7.4.2", np.subtract)
-simple("neg", "9.7.1.11, 9.7.3, 9.7.4", np.negative)
-simple("abs", "9.7.1.10, 9.7.3, 9.7.4", np.abs)
+simple("neg", "9.7.1.11, 9.7.3.10, 9.7.4.5", np.negative)
+simple("abs", "9.7.1.10, 9.7.3.9, 9.7.4.6", np.abs)
 
 
 @computes("mul", "9.7.1.3, 9.7.3.5, 9.7.4.3")
@@ -99,6 +100,8 @@ def _mad24(modifiers: tuple[str, ...], a: np.ndarray, b: np.ndarray, c: np.ndarr
 @computes("fma", "9.7.3.6, 9.7.4.4")
 def fma(modifiers: tuple[str, ...], a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     """The product of two narrower numbers is exact in float64, their sum is rounded to odd there, then once more."""
+    if a.dtype == np.float64:
+        raise Fault("fma of float64, whose products are not exact here, is not modelled")
     product = a.astype(np.float64) * b.astype(np.float64)
     addend = c.astype(np.float64)
     return rounded(modifiers, types.odd_sum(product, addend), product, addend)

@@ -67,7 +67,7 @@ def _arrive(lanes: Lanes, active: Active, number: Operand, count: Operand | None
     key = ("bar", block, which)
     barrier = unit.state.setdefault(key, Barrier(unit, key, expected))
     assert isinstance(barrier, Barrier)
-    if barrier.expected != expected:
+    if (barrier.expected or unit.alive(block)) != (expected or unit.alive(block)):
         raise Fault(f"barrier {which} is waited for with counts {barrier.expected} and {expected}")
     threads = lanes.all_of(active)
     _own_turn(barrier, threads)
@@ -106,7 +106,7 @@ def _sync(lanes: Lanes, active: Active, barrier: Barrier) -> Wait:
         assert lanes.unit.clocks is not None
         lanes.unit.clocks.acquire(lanes.threads[mask], barrier.clock)
 
-    return Wait(active.mask, barrier.complete, str(barrier), wake, rest=True)
+    return Wait(active.mask, barrier.complete, lambda: str(barrier), wake, rest=True)
 
 
 @executes("bar.sync", "bar.cta.sync", "barrier.sync.aligned", "barrier.cta.sync.aligned", section="9.7.13.1", whole=32)
@@ -229,7 +229,7 @@ def _cluster_wait(at: Instruction, lanes: Lanes, active: Active) -> Wait:
         assert lanes.unit.clocks is not None
         lanes.unit.clocks.acquire(lanes.threads[mask], barrier.clocks.get(phase, Clock()))
 
-    return Wait(active.mask, lambda: barrier.complete(phase), "the cluster's barrier", wake)
+    return Wait(active.mask, lambda: barrier.complete(phase), lambda: "the cluster's barrier", wake)
 
 
 # -- fences (9.7.13.4), registers (9.7.19.5) -------------------------------------------------------------------------
@@ -237,7 +237,16 @@ def _cluster_wait(at: Instruction, lanes: Lanes, active: Active) -> Wait:
 
 @executes("membar", "fence", section="9.7.13.4")
 def _fence(at: Instruction, lanes: Lanes, active: Active) -> None:
-    """Orders a thread's own accesses, which here happen in order."""
+    """Makes a later relaxed write a release, and an earlier relaxed read an acquire (8.7, 8.8)."""
+    clocks, unit = lanes.unit.clocks, lanes.unit
+    if clocks is None:
+        return
+    for thread in lanes.all_of(active):
+        one = np.array([thread])
+        collected = unit.state.pop(("collected", int(thread)), None)
+        if isinstance(collected, Clock):
+            clocks.acquire(one, collected)
+        unit.state["fenced", int(thread)] = clocks.release(one)
 
 
 @executes("fence.proxy.async", section="9.7.13.4")

@@ -69,11 +69,13 @@ def _load_linear(
             return unit.shared.data[inside]
 
     for offset, barrier in destinations(at, lanes, lane, alone, to, rest, count):
-        if at.modifiers[3] != "global":  # read until the barrier's phase is over
+        source_cells = None
+        if at.modifiers[3] != "global":
             assert unit.shadow is not None
-            cells = np.unique(inside // unit.shadow.width)
-            unit.shadow.async_load(cells, np.array([thread]), barrier.agent(), barrier.phase + 1)
-        fill(unit, thread, barrier, offset + np.arange(count), fetch)
+            source_cells = np.unique(inside // unit.shadow.width)
+            unit.shadow.async_load(source_cells, np.array([thread]), barrier.agent(), barrier.phase + 1)
+            barrier.outstanding.append((source_cells, True))
+        fill(unit, thread, barrier, offset + np.arange(count), fetch, source_cells)
 
 
 def _linear(unit: Unit, first: int, count: int, thread: int) -> np.ndarray:
@@ -123,18 +125,29 @@ def _usable(unit: Unit, index: int, thread: int) -> MBarrier:
     return barrier
 
 
-def fill(unit: Unit, thread: int, barrier: MBarrier, at: np.ndarray, fetch: Callable[[], np.ndarray]) -> None:
-    """Bytes (K,) of shared memory, when the copy lands; then the barrier gets to know of them."""
+def fill(
+    unit: Unit,
+    thread: int,
+    barrier: MBarrier,
+    at: np.ndarray,
+    fetch: Callable[[], np.ndarray],
+    source: np.ndarray | None = None,
+) -> None:
+    """Bytes (K,) of shared memory, when the copy lands; then the barrier gets to know of them.
+
+    Args:
+        source: Granules of shared memory that the copy reads until the barrier's phase is over.
+    """
     assert unit.shadow is not None
     cells = np.unique(at // unit.shadow.width)
     unit.shadow.async_store(cells, thread, barrier.agent(), barrier.phase + 1)
     unit.shared.valid[at] = True
-    barrier.outstanding.append(cells)
+    barrier.outstanding.append((cells, False))
     _watch(unit)
 
     def land() -> None:
         unit.shared.data[at] = fetch()
-        barrier.outstanding = [c for c in barrier.outstanding if c is not cells]
+        barrier.outstanding = [o for o in barrier.outstanding if o[0] is not cells and o[0] is not source]
         barrier.expect(-len(at))
         barrier.settle()
 
@@ -185,13 +198,27 @@ def _read_async(unit: Unit, at: np.ndarray, thread: int) -> None:
 
 
 def begin_store(
-    unit: Unit, inside: np.ndarray, thread: int, land: Callable[[], None], used: np.ndarray | None = None
+    unit: Unit,
+    inside: np.ndarray,
+    thread: int,
+    store: Callable[[np.ndarray], None],
+    used: np.ndarray | None = None,
 ) -> None:
     """A thread's copy of bytes (K,) of shared memory, of which ``used`` arrive in global memory, in its open group."""
     if not unit.shared.valid[inside if used is None else used].all():
         raise Fault("copies uninitialised shared memory")
     _read_async(unit, inside, thread)
-    copy = Copy(land, f"a bulk copy of {unit.name(thread)}")
+    held: list[np.ndarray] = []
+
+    def read() -> None:
+        if not held:
+            held.append(unit.shared.data[inside])
+
+    def land() -> None:
+        read()
+        store(held[0])
+
+    copy = Copy(land, f"a bulk copy of {unit.name(thread)}", read=read)
     groups = groups_of(unit, "bulk")
     groups.copies.append((copy, np.array([thread]), groups.group[[thread]].copy()))
     unit.start(copy)
@@ -207,14 +234,13 @@ def _store_linear(
     unit.memory.load(where, 16)  # bounds
     reduces, thread = "reduce" in at.modifiers, int(lanes.threads[lane])
 
-    def land() -> None:
-        values = unit.shared.data[inside]
+    def store(values: np.ndarray) -> None:
         if reduces:
             values = _reduced(at, unit.memory.load(where, 16).ravel(), values)
         blocks = None if reduces else np.full(len(where), unit.grid_block[thread])
         unit.memory.store(where, values.reshape(-1, 16), blocks)
 
-    begin_store(unit, inside, thread, land)
+    begin_store(unit, inside, thread, store)
 
 
 def _reduced(at: Instruction, old: np.ndarray, new: np.ndarray) -> np.ndarray:
@@ -237,7 +263,7 @@ def _reduce_bulk(at: Instruction, lanes: Lanes, active: Active) -> None:
 
 @executes("cp.async.bulk.commit_group", section="9.7.9.25.6.1")
 def _bulk_commit(at: Instruction, lanes: Lanes, active: Active) -> None:
-    groups_of(lanes.unit, "bulk").group[lanes.all_of(active)] += 1
+    groups_of(lanes.unit, "bulk").commit(lanes.all_of(active))
 
 
 @executes("cp.async.bulk.wait_group", section="9.7.9.25.6.2", blocks=True)
@@ -247,7 +273,7 @@ def _bulk_wait(at: Instruction, lanes: Lanes, active: Active) -> None:
     assert isinstance(pending, Immediate) and unit.clocks is not None
     groups = groups_of(unit, "bulk")
     done = groups.group[threads] - 1 - int(pending.value)
-    groups.settle(unit, threads, done)
+    groups.settle(unit, threads, done, reading="read" in at.modifiers)
     for thread, group in zip(threads, done, strict=True):
         if ("bulk", int(thread)) in unit.clocks.columns:
             unit.clocks.learn(np.array([thread]), unit.clocks.columns["bulk", int(thread)], int(group))
@@ -261,7 +287,7 @@ def _st_async(at: Instruction, lanes: Lanes, active: Active) -> None:
     for lane, alone in each_lane(active, lanes.count):
         values = values_of(lanes, sources, at.kind, alone)
         index = shared(lanes, np.array([lane]), addresses(to, lanes, alone), values.shape[1], True)
-        barrier = at_index(lanes.unit, int(locate(signal, lanes, alone, True)[0]))
+        barrier = _usable(lanes.unit, int(locate(signal, lanes, alone, True)[0]), int(lanes.threads[lane]))
         fill(
             lanes.unit, int(lanes.threads[lane]), barrier, index[0] + np.arange(values.shape[1]), lambda v=values: v[0]
         )

@@ -6,7 +6,7 @@ import numpy as np
 
 from emulator import types
 from emulator.errors import Fault
-from emulator.memory import LOCAL, PARAMETERS, SHARED
+from emulator.memory import FIRST, LOCAL, PARAMETERS, SHARED
 from emulator.parser import Instruction
 from emulator.registers import Active, Lanes
 from emulator.table import executes
@@ -110,7 +110,7 @@ def _isspacep(at: Instruction, lanes: Lanes, active: Active) -> None:
     addresses = lanes.number(source, "s64")
     (space,) = at.modifiers
     if space == "global":
-        holds = addresses >= 1 << 40
+        holds = addresses >= FIRST
     elif space in WINDOWS:
         holds = (addresses >= WINDOWS[space]) & (addresses < WINDOWS[space] + (1 << 32))
     else:

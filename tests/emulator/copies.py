@@ -9,7 +9,7 @@ import numpy as np
 from emulator.access import addresses, granules, operand_number, shared
 from emulator.clocks import Clock
 from emulator.errors import Fault
-from emulator.mbarrier import MBarrier, at_index, locate
+from emulator.mbarrier import MBarrier, at_index, named
 from emulator.memory import span
 from emulator.parser import Immediate, Instruction, Operand, Register
 from emulator.registers import Active, Lanes
@@ -19,16 +19,36 @@ from emulator.unit import Copy, Unit
 
 @dataclass
 class Groups:
-    """Copies that threads have started and not waited for, in groups; the open one is number ``group[t]``."""
+    """Copies that threads have started and not waited for, in groups; the open one is number ``group[t]``.
+
+    To the race shadow, a thread's copies are numbered one by one: ``ends[t, g]`` is the number of the last one in group
+    g. An arrival on an mbarrier covers copies and not groups.
+    """
 
     group: np.ndarray  # (T,)
     copies: list[tuple[Copy, np.ndarray, np.ndarray]] = field(default_factory=list)  # threads (R,), groups (R,)
 
-    def settle(self, unit: Unit, threads: np.ndarray, done: np.ndarray) -> None:
-        """Threads (R,) have waited up to groups (R,): what belongs to those has landed."""
+    def __post_init__(self) -> None:
+        self.number = np.zeros(len(self.group), np.int32)  # (T,) of the thread's last copy
+        self.ends = np.zeros((len(self.group), 64), np.int32)
+
+    def commit(self, threads: np.ndarray) -> None:
+        """The open groups of threads (R,) end."""
+        if self.group[threads].max() >= self.ends.shape[1]:
+            self.ends = np.hstack([self.ends, np.zeros_like(self.ends)])
+        self.ends[threads, self.group[threads]] = self.number[threads]
+        self.group[threads] += 1
+
+    def settle(self, unit: Unit, threads: np.ndarray, done: np.ndarray, reading: bool = False) -> None:
+        """Threads (R,) have waited up to groups (R,): what belongs to those has landed, or has been read only."""
         limit = np.zeros(len(self.group), np.int64)
         limit[threads] = done
         due = [c for c in self.copies if (c[2] <= limit[c[1]]).any()]
+        if reading:
+            for copy, *_ in due:
+                if copy.read is not None and not copy.landed:
+                    copy.read()
+            return
         self.copies = [c for c in self.copies if not (c[2] <= limit[c[1]]).any()]
         unit.finish_all([c[0] for c in due])
 
@@ -55,7 +75,8 @@ def _cp_async(at: Instruction, lanes: Lanes, active: Active) -> None:
         raise Fault(f"copies {bytes_} bytes")
     # A predicate says whether to ignore the source, a number how much of it to take, 64 bits are a cache policy.
     amounts = np.full(len(ids), bytes_, np.int64)
-    if (given and not at.kind.endswith("cache_hint")) or len(given) > 1:
+    hinted = any(m.endswith("cache_hint") for m in at.modifiers)
+    if len(given) > hinted:
         amounts = _amounts(given[0], lanes, active, bytes_)
     found = shared(lanes, ids, addresses(to, lanes, active), bytes_, False)
     where, blocks = addresses(source, lanes, active), lanes.grid_block[ids]
@@ -71,11 +92,13 @@ def _cp_async(at: Instruction, lanes: Lanes, active: Active) -> None:
         return values
 
     fetch()  # bounds are checked now, the bytes are those of when it lands
+    if len(np.unique(found)) < len(found):
+        raise Fault("race: two lanes copy to one shared address")
     groups, first, threads = groups_of(unit, "cp.async"), _own_copies(unit), lanes.all_of(active)
+    groups.number[threads] += 1
     assert unit.shadow is not None
-    unit.shadow.store(
-        granules(lanes, found, bytes_), threads, agents=first + threads, times=groups.group[threads].astype(np.int32)
-    )
+    cells = granules(lanes, found, bytes_)
+    unit.shadow.store(cells, threads, agents=first + threads, times=groups.number[threads])
 
     def land() -> None:
         unit.shared.data[span(found, bytes_)] = fetch()
@@ -104,7 +127,7 @@ def _prefix(unit: Unit, where: np.ndarray, amount: int, size: int) -> np.ndarray
 
 @executes("cp.async.commit_group", section="9.7.9.25.3.2")
 def _commit(at: Instruction, lanes: Lanes, active: Active) -> None:
-    groups_of(lanes.unit, "cp.async").group[lanes.all_of(active)] += 1
+    groups_of(lanes.unit, "cp.async").commit(lanes.all_of(active))
 
 
 @executes("cp.async.wait_group", "cp.async.wait_all", section="9.7.9.25.3.3", blocks=True)
@@ -112,7 +135,7 @@ def _wait_group(at: Instruction, lanes: Lanes, active: Active) -> None:
     unit, threads = lanes.unit, lanes.all_of(active)
     groups, first = groups_of(unit, "cp.async"), _own_copies(unit)
     if "wait_all" in at.modifiers:
-        groups.group[threads] += 1
+        groups.commit(threads)
         done = groups.group[threads] - 1
     else:
         (pending,) = at.operands
@@ -120,7 +143,7 @@ def _wait_group(at: Instruction, lanes: Lanes, active: Active) -> None:
         done = groups.group[threads] - 1 - int(pending.value)
     groups.settle(unit, threads, done)
     assert unit.clocks is not None
-    unit.clocks.learn(threads, first + threads, done)
+    unit.clocks.learn(threads, first + threads, groups.ends[threads, np.maximum(done, 0)])
 
 
 @executes("cp.async.mbarrier.arrive", section="9.7.13.15.15", blocks=True)
@@ -129,10 +152,10 @@ def _arrive_after_copies(at: Instruction, lanes: Lanes, active: Active) -> None:
     unit, threads = lanes.unit, lanes.all_of(active)
     groups, first = groups_of(unit, "cp.async"), _own_copies(unit)
     assert unit.clocks is not None
-    for index, thread in zip(locate(at.operands[0], lanes, active, False), threads, strict=True):
+    for index, thread in zip(named(at, at.operands[0], lanes, active), threads, strict=True):
         barrier = at_index(unit, int(index))
         clock = Clock(np.zeros(unit.clocks.count, np.int32), np.zeros(unit.clocks.count, np.int32))
-        clock.seen[first + thread] = groups.group[thread]
+        clock.seen[first + thread] = groups.number[thread]
         if "noinc" not in at.modifiers:
             barrier.pending += 1
         mine = [c for c in groups.copies if thread in c[1]]
@@ -142,4 +165,3 @@ def _arrive_after_copies(at: Instruction, lanes: Lanes, active: Active) -> None:
             barrier.arrive(1, clock)
 
         unit.start(Copy(land, f"cp.async.mbarrier.arrive of {unit.name(int(thread))}"))
-    groups.group[threads] += 1

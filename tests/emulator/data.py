@@ -8,10 +8,10 @@ from emulator import types
 from emulator.access import (
     addresses,
     count_of,
-    granule,
     granules,
     is_strong,
     load,
+    locations,
     operand_number,
     scatter,
     shared,
@@ -22,12 +22,10 @@ from emulator.access import (
 )
 from emulator.clocks import Clock
 from emulator.errors import Fault
-from emulator.memory import RANK_SHIFT, span
+from emulator.memory import RANK_SHIFT, SHARED, span
 from emulator.parser import Address, Instruction, Register, Vector
 from emulator.registers import Active, Lanes
 from emulator.table import executes
-
-__all__ = ["granule"]
 
 
 @executes("mov", section="9.7.9.3")
@@ -59,14 +57,15 @@ def _move(to: object, source: object, kind: str, lanes: Lanes, active: Active) -
         lanes.registers[to.name], lanes.flight[to.name] = lanes.registers[source.name], lanes.flight[source.name]
         lanes.defined.pop(to.name, None)
         return
-    clean = held and source.name not in lanes.written
+    clean = held and source.name not in lanes.touched
     bits = lanes.bits(source, kind)
     lanes.write(to, bits, active, lanes.undefined([source]) if lanes.defined else None)
     if clean:
-        lanes.written.discard(to.name)
+        lanes.touched -= {to.name, source.name}
 
 
-@executes("ld", "ldu", section="9.7.9.8")
+@executes("ldu", section="9.7.9.10")
+@executes("ld", section="9.7.9.8")
 def _ld(at: Instruction, lanes: Lanes, active: Active) -> None:
     kind, count = at.kind, count_of(at)
     size = types.width(kind) * count
@@ -104,7 +103,7 @@ def _st(at: Instruction, lanes: Lanes, active: Active) -> None:
     sources = list(value.elements) if isinstance(value, Vector) else [value]
     values = values_of(lanes, sources, at.kind, active)
     where = addresses(address, lanes, active)
-    if "release" in at.modifiers:
+    if is_strong(at):
         _release(at, lanes, active, where)
     store(at, lanes, active, where, values)
 
@@ -141,8 +140,7 @@ def _atomic(at: Instruction, lanes: Lanes, active: Active, operands: list) -> np
     """One lane after another, in an order that the seed shuffles; the values before, as bits (A,)."""
     address, *given = operands
     where = addresses(address, lanes, active)
-    if any(m in ("release", "acq_rel") for m in at.modifiers):
-        _release(at, lanes, active, where)
+    _release(at, lanes, active, where)
     size = types.width(at.kind)
     numbers = [operand_number(g, lanes, active, at.kind) for g in given[:2]]
     before = np.zeros(len(where), types.STORAGE[at.kind])
@@ -159,8 +157,7 @@ def _atomic(at: Instruction, lanes: Lanes, active: Active, operands: list) -> np
         before[k] = bits[0]
         stored = np.ascontiguousarray(types.to_bits(new, at.kind).astype(types.STORAGE[at.kind]))
         store(at, lanes, alone, where[k : k + 1], stored[:, None].view(np.uint8).reshape(1, size))
-    if any(m in ("acquire", "acq_rel") for m in at.modifiers):
-        _acquire(at, lanes, active, where)
+    _acquire(at, lanes, active, where)
     lanes.yielded = True
     return before
 
@@ -173,21 +170,34 @@ def _updated(at: Instruction, old: np.ndarray, given: list[np.ndarray]) -> np.nd
 
 
 def _release(at: Instruction, lanes: Lanes, active: Active, where: np.ndarray) -> None:
-    """What the threads know travels with the value that they write."""
-    if lanes.unit.clocks is not None:
-        clock = lanes.unit.clocks.release(lanes.all_of(active))
-        for address in np.unique(where):
-            held = lanes.unit.state.setdefault(("flag", space_of(at), int(address)), Clock())
+    """What the threads know, or knew at their last fence, travels with the value that they write."""
+    unit = lanes.unit
+    if unit.clocks is None:
+        return
+    releases = any(m in ("release", "acq_rel") for m in at.modifiers)
+    clock = unit.clocks.release(lanes.all_of(active)) if releases else None
+    for thread, place in zip(lanes.all_of(active), locations(at, lanes, active, where), strict=True):
+        carried = clock or unit.state.get(("fenced", int(thread)))
+        if isinstance(carried, Clock):
+            held = unit.state.setdefault(("flag", *place), Clock())
             assert isinstance(held, Clock)
-            held.join(clock)
+            held.join(carried)
 
 
 def _acquire(at: Instruction, lanes: Lanes, active: Active, where: np.ndarray) -> None:
-    if lanes.unit.clocks is not None and any(m in ("acquire", "acq_rel") for m in at.modifiers):
-        for thread, address in zip(lanes.all_of(active), where, strict=True):
-            held = lanes.unit.state.get(("flag", space_of(at), int(address)))
-            if isinstance(held, Clock):
-                lanes.unit.clocks.acquire(np.array([thread]), held)
+    """The threads learn what came with the value, or will at their next fence."""
+    unit = lanes.unit
+    if unit.clocks is None:
+        return
+    acquires = any(m in ("acquire", "acq_rel") for m in at.modifiers)
+    for thread, place in zip(lanes.all_of(active), locations(at, lanes, active, where), strict=True):
+        held = unit.state.get(("flag", *place))
+        if isinstance(held, Clock) and acquires:
+            unit.clocks.acquire(np.array([thread]), held)
+        elif isinstance(held, Clock):
+            collected = unit.state.setdefault(("collected", int(thread)), Clock())
+            assert isinstance(collected, Clock)
+            collected.join(held)
 
 
 # -- matrices in shared memory (9.7.14.5.15 ldmatrix, .16 stmatrix, .17 movmatrix) -------------------------------------
@@ -205,7 +215,7 @@ def _matrix_rows(at: Instruction, address: object, lanes: Lanes, active: Active)
     ids = np.flatnonzero(naming.ravel() & active.mask)
     where = addresses(address, lanes, Active(naming.ravel() & active.mask, False))
     if space_of(at) == "generic":
-        where = where - (1 << 36)
+        where = where - SHARED
     return shared(lanes, ids, where, 16, False), lanes.threads[ids], count
 
 
@@ -279,7 +289,7 @@ def _mapa(at: Instruction, lanes: Lanes, active: Active) -> None:
     size = len(lanes.unit.shared.gone)
     if (np.broadcast_to(ranks, lanes.count)[active.mask] >= size).any():
         raise Fault(f"rank {int(ranks.max())} in a cluster of {size} blocks")
-    base = 0 if any(m.startswith("shared") for m in at.modifiers) else 1 << 36
+    base = 0 if any(m.startswith("shared") for m in at.modifiers) else SHARED
     inside = (own - base) & ((1 << RANK_SHIFT) - 1)
     lanes.write(to, base + inside + (ranks + 1 << RANK_SHIFT), active, lanes.undefined([source, rank]))
 

@@ -23,6 +23,7 @@ from emulator import (
     warps,
     wgmma,
 )
+from emulator.access import granule
 from emulator.clocks import Clocks
 from emulator.errors import EmulatorError, Fault
 from emulator.machine import Machine
@@ -92,7 +93,7 @@ def emulate(
         raise EmulatorError(
             f"{kernel.name}: {machine.shared_bytes} bytes of shared memory; {kernel.target} has {limit}"
         )
-    memory.watched = not machine.uses("atom", "red.")
+    memory.begin(watched=not machine.talks())
     if machine.uses("wgmma", "setmaxnreg"):
         schedule = replace(schedule, lanes=128)  # what has to run together, and no more
     rng = np.random.default_rng(schedule.seed)
@@ -123,10 +124,18 @@ def _fits(kernel: Kernel, sizes: list[tuple[int, int, int]]) -> None:
         raise EmulatorError(f"{kernel.name}: block: expected at most 1024 threads, got {block}")
     if kernel.threads and (*kernel.threads, 1, 1)[:3] != block:
         raise EmulatorError(f"{kernel.name}: block: expected {kernel.threads}, as it was compiled for, got {block}")
+    if kernel.most_threads and threads > kernel.most_threads:
+        raise EmulatorError(
+            f"{kernel.name}: block: expected at most {kernel.most_threads} threads (.maxntid), got {block}"
+        )
+    if max(grid[1:]) > 65_535 or block[2] > 64:
+        raise EmulatorError(f"{kernel.name}: expected grid.y, grid.z <= 65535 and block.z <= 64, got {grid}, {block}")
     if kernel.cluster and (*kernel.cluster, 1, 1)[:3] != cluster:
         raise EmulatorError(f"{kernel.name}: cluster: expected {kernel.cluster}, as it was compiled for, got {cluster}")
     if any(g % c for g, c in zip(grid, cluster, strict=True)):
         raise EmulatorError(f"{kernel.name}: grid: expected multiples of the cluster {cluster}, got {grid}")
+    if int(np.prod(cluster)) > 1 and kernel.target < "sm_90" and len(kernel.target) < 6:
+        raise EmulatorError(f"{kernel.name}: cluster: expected one block on {kernel.target}, got {cluster}")
     if int(np.prod(cluster)) > 16:
         raise EmulatorError(f"{kernel.name}: cluster: expected at most 16 blocks, got {cluster}")
     if threads * int(np.prod(grid)) > THREADS:
@@ -151,10 +160,13 @@ def _bytes(name: str, size: int, value: object, memory: GlobalMemory, maps: list
     match value:
         case TensorMap():
             maps.append(tensors.checked(name, value))
-            memory.add(f"{name}'s tensor", value.whole)
+            value.address(memory)
             return tensors.handle(len(maps) - 1)
         case Struct():
-            return struct.pack("<" + value.layout, *(_address(name, v, memory) for v in value.values))
+            try:
+                return struct.pack("<" + value.layout, *(_address(name, v, memory) for v in value.values))
+            except struct.error as error:
+                raise EmulatorError(f"parameter {name}: layout {value.layout!r}: {error}") from None
         case bytes():
             return value
         case np.ndarray():
@@ -162,6 +174,8 @@ def _bytes(name: str, size: int, value: object, memory: GlobalMemory, maps: list
         case np.generic():
             return value.tobytes()
         case bool() | int():
+            if not -(1 << 8 * size - 1) <= value < 1 << 8 * size:
+                raise EmulatorError(f"parameter {name}: expected a number of {size} bytes, got {value}")
             return (int(value) & ((1 << 8 * size) - 1)).to_bytes(size, "little")
         case float():
             return struct.pack("<f" if size == 4 else "<d", value)
@@ -218,7 +232,7 @@ def _unit(
     )
     if machine.meets():
         unit.clocks = Clocks(len(threads), unit.name)
-        width = data.granule(machine.kernel)
+        width = granule(machine.kernel)
         unit.shadow = Shadow(unit.clocks, len(shared.data) // width, width, shared.size // width)
         unit.shadow.describe = machine.place
     step = min(schedule.lanes, padded) if machine.meets() else schedule.lanes
@@ -230,6 +244,7 @@ def _unit(
             lanes.live = int(unit.exists[lanes.threads].sum())
             if machine.local_bytes:
                 lanes.locals = np.zeros((lanes.count, machine.local_bytes), np.uint8)
+                lanes.local_valid = np.zeros(lanes.locals.shape, bool)
             unit.groups.append(lanes)
     return unit
 

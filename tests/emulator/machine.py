@@ -53,6 +53,11 @@ class Machine:
         """Whether the kernel has any of these, told by the beginnings of their names."""
         return any(at.name.startswith(opcodes) for at in self.kernel.instructions)
 
+    def talks(self) -> bool:
+        """Whether blocks may order themselves, by atomics on global memory."""
+        atomics = [at for at in self.kernel.instructions if at.opcode in ("atom", "red")]
+        return any(not any(m.startswith("shared") for m in at.modifiers) for at in atomics)
+
     def meets(self) -> bool:
         """Whether threads can meet: in shared memory, or at anything that waits."""
         return self.shared_bytes > 0 or any(e is not None and e.blocks for e in self.entries)
@@ -61,12 +66,21 @@ class Machine:
 
     def run(self, lanes: Lanes) -> None:
         """Until every lane has exited or waits, or has asked in vain and should let other groups go on."""
-        lanes.yielded = False
-        while lanes.wake() and not lanes.yielded:
+        lanes.vain[:] = False
+        while lanes.wake():
+            # Those that have asked in vain let the others run first, whatever their program counters.
             running = ~lanes.parked & ~lanes.exited
-            pc = int(np.where(running, lanes.pcs, self.end).min())
+            patient = running & ~lanes.vain
+            if not patient.any():
+                lanes.yielded = True
+                return
+            pc = int(np.where(patient, lanes.pcs, self.end).min())
             mask = running & (lanes.pcs == pc)
+            lanes.yielded = False
             self._go(lanes, Active(mask, bool((mask | lanes.exited).all())), pc)
+            if lanes.yielded:
+                lanes.vain |= mask
+        lanes.yielded = False
 
     def _go(self, lanes: Lanes, active: Active, pc: int) -> None:
         """From ``pc`` on while the lanes stay together, to the end of the basic block where others may join them."""
@@ -92,8 +106,9 @@ class Machine:
                     wait = step(lanes, chosen)
                     if wait is not None:
                         wait.pc = index
-                        lanes.pcs[active.mask] = index if wait.again else index + 1
-                        lanes.pcs[active.mask & ~wait.mask] = index if wait.again or wait.rest else index + 1
+                        lanes.pcs[active.mask] = index + 1
+                        again = chosen.mask if wait.again else chosen.mask & ~wait.mask if wait.rest else ~active.mask
+                        lanes.pcs[again & active.mask] = index
                         lanes.parked |= wait.mask
                         lanes.waits.append(wait)
                         return
@@ -102,6 +117,8 @@ class Machine:
                     break
         except Fault as fault:
             raise EmulatorError(self._told(index, lanes, chosen, fault)) from None
+        except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise EmulatorError(f"{self.where(index)}: not modelled: {type(error).__name__}: {error}") from error
         lanes.pcs[active.mask] = index
 
     def _count(self, lanes: Lanes, active: Active, index: int) -> None:

@@ -23,7 +23,7 @@ class MBarrier:
     """
     Attributes:
         phase: The number of the phase that is not over; its parity is that of the phase.
-        outstanding: Granules of copies that will signal it and have not landed.
+        outstanding: Granules of copies that will signal it and have not landed, and whether those read them.
     """
 
     unit: Unit
@@ -31,12 +31,13 @@ class MBarrier:
     count: int
     thread: int  # that initialised it
     time: int
+    serial: int  # another object at the same place is another agent
     pending: int = 0
     bytes: int = 0
     phase: int = 0
     collecting: Clock = field(default_factory=Clock)
     over: Clock = field(default_factory=Clock)  # of the last phase that is
-    outstanding: list[np.ndarray] = field(default_factory=list)
+    outstanding: list[tuple[np.ndarray, bool]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.pending = self.count
@@ -50,7 +51,7 @@ class MBarrier:
     def agent(self) -> int:
         """The copies that signal it, as an agent; its time is the number of phases."""
         assert self.unit.clocks is not None
-        return self.unit.clocks.agent(("mbarrier", self.index), "a bulk copy into shared memory", True)
+        return self.unit.clocks.agent(("mbarrier", self.serial), "a bulk copy into shared memory", True)
 
     def arrive(self, count: int, clock: Clock | None) -> None:
         if count > self.pending:
@@ -72,10 +73,12 @@ class MBarrier:
         self.phase += 1
         self.pending, self.over, self.collecting = self.count, self.collecting, Clock()
         shadow = self.unit.shadow
-        for cells in self.outstanding:
+        for cells, reads in self.outstanding:
             assert shadow is not None
-            mine = cells[shadow.writer[cells] == self.agent()]
-            shadow.written[mine] = self.phase + 1
+            if reads:
+                shadow.read[cells, shadow.slots[self.agent()]] = self.phase + 1
+            else:
+                shadow.written[cells[shadow.writer[cells] == self.agent()]] = self.phase + 1
 
     def has_ended(self, wanted: int, parity: bool) -> bool:
         """Whether the phase of a parity, or of a state that an arrival returned, is over."""
@@ -95,7 +98,7 @@ def at_index(unit: Unit, index: int) -> MBarrier:
     return barrier
 
 
-def _named(at: Instruction, address: Operand, lanes: Lanes, active: Active) -> np.ndarray:
+def named(at: Instruction, address: Operand, lanes: Lanes, active: Active) -> np.ndarray:
     """(A,) indices of an instruction's objects; using one has to be ordered after its initialisation."""
     space = space_of(at)
     found = locate(address, lanes, active, space in ("shared:cluster", "generic"), space == "generic")
@@ -125,7 +128,8 @@ def _init(at: Instruction, lanes: Lanes, active: Active) -> None:
         if ("mbarrier", index) in unit.state:
             raise Fault(f"initialises the mbarrier at byte {index % unit.shared.size} of shared memory a second time")
         time = int(unit.clocks.now[thread >> 5])
-        unit.state["mbarrier", index] = MBarrier(unit, index, number, int(thread), time)
+        serial = unit.state["mbarriers"] = int(unit.state.get("mbarriers", 0)) + 1  # type: ignore[call-overload]
+        unit.state["mbarrier", index] = MBarrier(unit, index, number, int(thread), time, serial)
         unit.shared.barriers[index : index + 8] = unit.shared.valid[index : index + 8] = True
 
 
@@ -148,7 +152,7 @@ def _arrive(at: Instruction, lanes: Lanes, active: Active) -> None:
     to, address, rest = _address_first(at)
     unit = lanes.unit
     assert unit.clocks is not None
-    found, threads = _named(at, address, lanes, active), lanes.all_of(active)
+    found, threads = named(at, address, lanes, active), lanes.all_of(active)
     expects = "expect_tx" in at.modifiers
     numbers = operand_number(rest[0], lanes, active, "u32").astype(np.int64) if rest else np.ones(len(found), np.int64)
     states = np.zeros(len(found), np.uint64)
@@ -159,7 +163,7 @@ def _arrive(at: Instruction, lanes: Lanes, active: Active) -> None:
         if expects:
             barrier.expect(int(numbers[mine].sum()))
         if at.opcode == "mbarrier" and "arrive_drop" in at.modifiers:
-            barrier.count -= int(mine.sum())
+            barrier.count -= int(mine.sum() if expects else numbers[mine].sum())
         clock = None if "relaxed" in at.modifiers else unit.clocks.release(threads[mine])
         barrier.arrive(int(mine.sum() if expects else numbers[mine].sum()), clock)
     if to is not None:
@@ -172,7 +176,7 @@ def _tx(at: Instruction, lanes: Lanes, active: Active) -> None:
     address, count = at.operands
     sign = 1 if "expect_tx" in at.modifiers else -1
     for index, number in zip(
-        _named(at, address, lanes, active), operand_number(count, lanes, active, "u32"), strict=True
+        named(at, address, lanes, active), operand_number(count, lanes, active, "u32"), strict=True
     ):
         barrier = at_index(lanes.unit, int(index))
         barrier.expect(sign * int(number))
@@ -186,7 +190,7 @@ def _wait(at: Instruction, lanes: Lanes, active: Active) -> Wait | None:
     to, address, wanted, *_ = at.operands
     unit, parity = lanes.unit, "parity" in at.modifiers
     assert unit.clocks is not None
-    found = _named(at, address, lanes, active)
+    found = named(at, address, lanes, active)
     phases = operand_number(wanted, lanes, active, "u32" if parity else "u64").astype(np.int64)
 
     def ended() -> np.ndarray:
@@ -200,14 +204,17 @@ def _wait(at: Instruction, lanes: Lanes, active: Active) -> Wait | None:
         and "try_wait" in at.modifiers
         and (unit.schedule.completion == "early" or unit.rng.random() < 0.75)
     ):
-        texts = ", ".join(dict.fromkeys(str(at_index(unit, int(index))) for index in found))
-        parities = f" (waits for parity {int(phases[0])})" if parity else ""
-        return Wait(active.mask, lambda: bool(ended().any()), texts + parities, again=True)
+
+        def text() -> str:
+            texts = ", ".join(dict.fromkeys(str(at_index(unit, int(index))) for index in found))
+            return texts + (f" (waits for parity {int(phases[0])})" if parity else "")
+
+        return Wait(active.mask, lambda: bool(ended().any()), text, again=True)
     for index in np.unique(found[over]):
         barrier, threads = at_index(unit, int(index)), lanes.all_of(active)[over & (found == index)]
         if "relaxed" not in at.modifiers:
             unit.clocks.acquire(threads, barrier.over)
-        if ("mbarrier", int(index)) in unit.clocks.columns:
+        if ("mbarrier", barrier.serial) in unit.clocks.columns:
             unit.clocks.learn(threads, barrier.agent(), barrier.phase)
     if not over.all():
         lanes.yielded = True

@@ -66,6 +66,12 @@ class GlobalMemory:
         self.bases = np.zeros(0, np.int64)
         self.watched = False
 
+    def begin(self, watched: bool) -> None:
+        """Of a launch: what earlier ones did is over."""
+        self.watched = watched
+        for buffer in self.buffers:
+            buffer.__post_init__()
+
     def add(self, name: str, array: np.ndarray, misaligned: int = 0) -> int:
         """The address of a C-contiguous array, 256 bytes aligned plus ``misaligned``; the same again for the same."""
         if not array.flags.c_contiguous:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import re
 import struct
 from dataclasses import dataclass, field, replace
 
 from emulator.errors import EmulatorError
+from emulator.types import STORAGE
 
 WIDTHS = {"8": 1, "16": 2, "32": 4, "64": 8, "128": 16}
 
@@ -86,8 +89,19 @@ class Kernel:
     labels: dict[str, int] = field(default_factory=dict)  # -> index of the instruction after it
     targets: dict[str, tuple[str, ...]] = field(default_factory=dict)  # .branchtargets: name -> labels
     threads: tuple[int, ...] = ()  # .reqntid
+    most_threads: int = 0  # .maxntid
     cluster: tuple[int, ...] = ()  # .reqnctapercluster
     target: str = ""  # sm_90a
+
+    @functools.cached_property
+    def multiplied(self) -> frozenset[str]:
+        """The registers that wgmma reads or writes."""
+        found: set[str] = set()
+        for at in self.instructions:
+            if at.opcode == "wgmma":
+                vectors = [o for o in at.operands[:2] if isinstance(o, Vector)]
+                found |= {r.name for v in vectors for r in v.elements if isinstance(r, Register)}
+        return frozenset(found)
 
     def type_of(self, register: str) -> str:
         """The type that a register was declared with."""
@@ -199,6 +213,8 @@ class _Parser:
         kernel = self.kernel = self.kernels[match[1]] = Kernel(
             match[1], variables=dict(self.module), target=self.target
         )
+        if most := re.search(r"\.maxntid\s+([\d, ]+)", header):
+            kernel.most_threads = math.prod(int(s) for s in most[1].split(","))
         for name, sizes in re.findall(r"\.(reqntid|reqnctapercluster)\s+([\d, ]+)", header):
             found = tuple(int(s) for s in sizes.split(","))
             kernel.threads, kernel.cluster = (found, kernel.cluster) if name == "reqntid" else (kernel.threads, found)
@@ -218,7 +234,10 @@ class _Parser:
         if not text or text.startswith(".pragma"):
             return
         if text.startswith(".reg"):
-            kind, names = re.match(r"\.reg\s+\.(\w+)\s+(.*)", text).groups()
+            match = re.match(r"\.reg\s+\.(\w+)\s+(.*)", text)
+            if match is None or match[1] not in STORAGE:
+                raise EmulatorError(f"PTX line {line}: cannot read {text!r}")
+            kind, names = match.groups()
             for name in names.split(","):
                 plain = re.sub(r"<\d+>", "", name.strip())
                 if len(self.scopes) > 1:

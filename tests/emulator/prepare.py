@@ -49,7 +49,7 @@ def _companions(lanes: Lanes, active: Active, size: int) -> Wait | None:
     if not partial.any():
         return None
     parties = np.repeat(partial, size) & exists.ravel()
-    wait = Wait(active.mask & parties, lambda: False, f"the other lanes of its {what}", again=True)
+    wait = Wait(active.mask & parties, lambda: False, lambda: f"the other lanes of its {what}", again=True)
     wait.ready = lambda: bool((lanes.pcs[parties] == wait.pc).all())
     return wait
 
@@ -87,13 +87,15 @@ def _kinds(at: Instruction, count: int) -> tuple[str, list[str]]:
     return kind, kinds
 
 
-def _reader(operand: Operand, kind: str) -> Read:
+def _reader(operand: Operand, kind: str, kernel: Kernel) -> Read:
     """An operand's numbers: (L,), (L, 2) of packed types, without the first axis of an immediate."""
     if isinstance(operand, Immediate):
         number = types.from_bits(constant(operand.value, kind), kind)
         return lambda lanes: number
-    if kind == "pred" or kind == "bf16" or kind in types.PACKED or not isinstance(operand, Register):
+    simple = isinstance(operand, Register) and operand.name not in kernel.multiplied
+    if not simple or kind in ("pred", "bf16") or kind in types.PACKED:
         return lambda lanes: lanes.number(operand, kind)
+    assert isinstance(operand, Register)
     name, size, dtype = operand.name, types.width(kind), types.ARITHMETIC[kind]
 
     def read(lanes: Lanes) -> np.ndarray:
@@ -118,7 +120,7 @@ def _writer(to: Operand, kind: str, exact: bool, kernel: Kernel) -> Write:
             lanes.write(to, bits_of(values, kind), active, undefined)
             return
         lanes.registers[name] = values.view(storage)
-        lanes.written.add(name)
+        lanes.touched.add(name)
         if lanes.defined:
             lanes.defined.pop(name, None)
 
@@ -131,7 +133,7 @@ def _computing(at: Instruction, entry: Opcode, kernel: Kernel) -> Run:
     assert compute is not None
     to, *sources = at.operands
     out, kinds = _kinds(at, len(sources))
-    readers = [_reader(s, k) for s, k in zip(sources, kinds, strict=True)]
+    readers = [_reader(s, k, kernel) for s, k in zip(sources, kinds, strict=True)]
     write = _writer(to, out, at.opcode in ("neg", "abs", "copysign"), kernel)
     ftz, chooses = "ftz" in modifiers, at.opcode == "selp"
 

@@ -39,7 +39,7 @@ class Wait:
 
     mask: np.ndarray  # (L,) bool
     ready: Callable[[], bool]
-    text: str
+    text: Callable[[], str]  # what for
     wake: Callable[[np.ndarray], None] | None = None
     again: bool = False
     rest: bool = False
@@ -68,12 +68,15 @@ class Lanes:
         self.waits: list[Wait] = []
         self.flight: dict[str, int] = {}  # registers that wgmma is writing or reading -> its group
         self.inputs: set[str] = set()  # those of them that it only reads
-        self.written: set[str] = set()  # since the last wgmma.fence
+        self.touched: set[str] = set()  # registers read or written since the last wgmma.fence
         self.live = self.count  # lanes that have not exited
         self.carry = np.zeros(self.count, bool)
+        self.fenced = False  # by wgmma.fence
         self.steps = 0
         self.yielded = False  # asked for something that had not happened yet, and should let others run
         self.locals: np.ndarray | None = None  # (L, bytes) of local memory
+        self.local_valid = np.zeros((0, 0), bool)  # (L, bytes) where it has been written
+        self.vain = np.zeros(self.count, bool)  # lanes that have asked in vain since others ran
 
     def who(self, lane: int) -> str:
         block, thread = (
@@ -97,6 +100,8 @@ class Lanes:
             held = self._first(operand.name)
         if self.flight and operand.name in self.flight:
             raise Fault(f"register {operand.name} is in flight: wgmma has not been waited for")
+        if operand.name in self.kernel.multiplied:
+            self.touched.add(operand.name)
         return ~held if operand.negated else held
 
     def _first(self, name: str) -> Bits:
@@ -155,7 +160,7 @@ class Lanes:
             return
         if self.flight and name in self.flight:
             raise Fault(f"register {name} is in flight: wgmma has not been waited for")
-        self.written.add(name)
+        self.touched.add(name)
         storage = types.STORAGE[self.kernel.type_of(name)]
         if bits.ndim == 0:
             bits = np.full(self.count, bits)

@@ -61,6 +61,6 @@ def _standing(machine: Machine, unit: Unit) -> str:
         for wait in group.waits:
             lanes = int(wait.mask.sum())
             who = group.who(int(wait.mask.argmax())) + (f" and {lanes - 1} more" if lanes > 1 else "")
-            said.append(f"{who} at {machine.place(wait.pc)}: waits for {wait.text}")
+            said.append(f"{who} at {machine.place(wait.pc)}: waits for {wait.text()}")
     more = f"; and {len(said) - 6} more" if len(said) > 6 else ""
     return "; ".join(said[:6]) + more

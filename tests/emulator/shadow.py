@@ -24,9 +24,14 @@ class Shadow:
         self.writer = np.full(granules, -1, np.int32)
         self.written = np.zeros(granules, np.int32)  # the writer's time
         self.write_place = np.zeros(granules, np.int32)  # an instruction's number
+        self.strong = np.zeros(granules, bool)  # written by an atomic or the like
+        warps = clocks.threads // 32
         self.slots: dict[int, int] = {}  # agents that are not threads -> their column, after those of warps
-        self.read = np.zeros((granules, clocks.threads // 32), np.int32)  # (G, S) time of the last read
-        self.readers = np.zeros((granules, clocks.threads // 32), np.uint32)  # (G, S) lanes that read then
+        self.read = np.zeros((granules, warps), np.int32)  # (G, S) time of the last read
+        self.readers = np.zeros((granules, warps), np.uint32)  # (G, S) lanes that read then
+        self.past = np.zeros((granules, warps), np.int32)  # (G, S) the same of lanes that read earlier, or at least
+        self.past_readers = np.zeros((granules, warps), np.uint32)  # the least of their times
+        self.plain = np.zeros((granules, warps), bool)  # (G, S) not all of those reads were strong
         self.read_place = np.zeros(granules, np.int32)
         self.proxies = True  # whether a missing proxy fence is a fault
         self.place = 0  # of the instruction that runs
@@ -34,18 +39,31 @@ class Shadow:
 
     # -- the generic proxy --------------------------------------------------------------------------------------------
 
-    def load(self, granules: Granules, threads: np.ndarray) -> None:
-        """Threads (L,) read."""
-        self._ordered_writes(granules, threads[:, None], self.clocks.seen, "reads")
+    def load(self, granules: Granules, threads: np.ndarray, strong: bool = False) -> None:
+        """Threads (L,) read; ``strong``: accesses of that sort may meet each other without a race."""
+        self._ordered_writes(granules, threads[:, None], "reads", strong)
         flat = granules.ravel()
         slots = np.repeat(threads >> 5, granules.shape[1])
         bits = np.repeat(np.uint32(1) << (threads & 31).astype(np.uint32), granules.shape[1])
         now = self.clocks.now[slots]
         stale = self.read[flat, slots] != now
-        self.readers[flat[stale], slots[stale]] = 0
+        if stale.any():
+            self._age(flat[stale], slots[stale])
         self.read[flat, slots] = now
         np.bitwise_or.at(self.readers, (flat, slots), bits)
+        if not strong:
+            self.plain[flat, slots] = True
         self.read_place[flat] = self.place
+
+    def _age(self, flat: np.ndarray, slots: np.ndarray) -> None:
+        """Reads become earlier ones. Lanes that have read since need not be remembered, others keep a time."""
+        time, lanes = self.read[flat, slots], self.readers[flat, slots]
+        before, others = self.past[flat, slots], self.past_readers[flat, slots]
+        kept = (others & ~lanes) != 0
+        self.past[flat, slots] = np.where(kept, np.minimum(before, time), time)
+        self.past_readers[flat, slots] = np.where(kept, others | lanes, lanes)
+        self.readers[flat, slots] = 0
+        self.plain[flat, slots] &= time > 0
 
     def store(
         self,
@@ -54,16 +72,18 @@ class Shadow:
         same: np.ndarray | None = None,
         agents: np.ndarray | None = None,
         times: np.ndarray | None = None,
+        strong: bool = False,
     ) -> None:
         """Threads (L,) write, or start a copy that writes as ``agents`` (L,) at ``times`` (L,).
 
         Args:
-            same: (L, K) where the value that is there already is written again: two writers then do not race.
+            same: (L, K) where the value that is there already is written again: two threads then do not race.
+            strong: Accesses of that sort may meet each other without a race.
         """
-        self._ordered_writes(granules, threads[:, None], self.clocks.seen, "writes", same)
-        self._ordered_reads(granules, threads)
+        self._ordered_writes(granules, threads[:, None], "writes", strong, same)
+        self._ordered_reads(granules, threads, strong)
         times = self.clocks.now[threads >> 5] if times is None else times
-        self._wrote(granules, (threads if agents is None else agents)[:, None], times[:, None])
+        self._wrote(granules, (threads if agents is None else agents)[:, None], times[:, None], strong)
 
     # -- the async proxy ----------------------------------------------------------------------------------------------
 
@@ -73,9 +93,10 @@ class Shadow:
         slot = self.slots.get(agent)
         if slot is None:
             slot = self.slots[agent] = self.read.shape[1]
-            self.read = np.hstack([self.read, np.zeros((len(self.read), 1), np.int32)])
-            self.readers = np.hstack([self.readers, np.zeros((len(self.read), 1), np.uint32)])
-        self.read[granules, slot] = time
+            for name in ("read", "readers", "past", "past_readers", "plain"):
+                held = getattr(self, name)
+                setattr(self, name, np.hstack([held, np.zeros((len(held), 1), held.dtype)]))
+        self.read[granules, slot], self.plain[granules, slot] = time, True
         self.read_place[granules] = self.place
 
     def async_store(self, granules: np.ndarray, thread: int, agent: int, time: int) -> None:
@@ -87,18 +108,21 @@ class Shadow:
 
     # -- the rules ----------------------------------------------------------------------------------------------------
 
-    def _wrote(self, granules: np.ndarray, agents: np.ndarray, times: np.ndarray) -> None:
-        self.writer[granules], self.written[granules] = agents, times
+    def _wrote(self, granules: np.ndarray, agents: np.ndarray, times: np.ndarray, strong: bool = False) -> None:
+        self.writer[granules], self.written[granules], self.strong[granules] = agents, times, strong
         self.write_place[granules] = self.place
-        self.read[granules] = 0
+        self.read[granules] = self.past[granules] = 0
+        self.plain[granules] = False
 
     def _ordered_writes(
-        self, granules: Granules, threads: np.ndarray, known: np.ndarray, verb: str, same: np.ndarray | None = None
+        self, granules: Granules, threads: np.ndarray, verb: str, strong: bool, same: np.ndarray | None = None
     ) -> None:
         writers = self.writer[granules]
-        bad = (writers >= 0) & (known[threads, writers] < self.written[granules])
+        bad = (writers >= 0) & (self.clocks.seen[threads, writers] < self.written[granules])
         if same is not None:
-            bad &= ~same
+            bad &= ~(same & (writers < self.clocks.threads))
+        if strong:
+            bad &= ~self.strong[granules]
         if bad.any():
             lane, k = np.argwhere(bad)[0]
             self._race(int(lane), int(granules[lane, k]), verb, written=True)
@@ -118,27 +142,32 @@ class Shadow:
                 f"generic proxy, and no proxy fence (fence.proxy.async) lies between"
             )
 
-    def _ordered_reads(self, granules: Granules, threads: np.ndarray) -> None:
+    def _ordered_reads(self, granules: Granules, threads: np.ndarray, strong: bool = False) -> None:
         """Every read since the last write has to be known to the one that writes now."""
-        read = self.read[granules]  # (L, K, S)
-        if not read.any():
+        if not self.read[granules].any():
             return
         clocks, warps = self.clocks, self.clocks.threads // 32
-        known = np.empty((len(threads), read.shape[2]), np.int32)
+        known = np.empty((len(threads), self.read.shape[1]), np.int32)  # (L, S) of all that a slot stands for
         known[:, :warps] = clocks.warps_known(threads)
         for agent, slot in self.slots.items():
             known[:, slot] = clocks.seen[threads, agent]
-        for lane, k, slot in np.argwhere(read > known[:, None, :]):
-            granule, time = int(granules[lane, k]), int(read[lane, k, slot])
-            if slot < warps:
-                lanes = np.flatnonzero(int(self.readers[granule, slot]) >> np.arange(32) & 1) + 32 * slot
-                late = lanes[clocks.seen[threads[lane], lanes] < time]
-                if not len(late):
-                    continue
-                reader = int(late[0])
-            else:
-                reader = next(a for a, s in self.slots.items() if s == slot)
-            self._race(int(lane), granule, "writes", reader=reader)
+        for times, lanes in ((self.read, self.readers), (self.past, self.past_readers)):
+            late = times[granules] > known[:, None, :]
+            if strong:
+                late &= self.plain[granules]
+            for lane, k, slot in np.argwhere(late):
+                granule = int(granules[lane, k])
+                reader = self._unknown_reader(int(threads[lane]), slot, int(times[granule, slot]), lanes[granule, slot])
+                if reader is not None:
+                    self._race(int(lane), granule, "writes", reader=reader)
+
+    def _unknown_reader(self, thread: int, slot: int, time: int, lanes: int) -> int | None:
+        """Of the agents that read at a time, one whose reading the thread does not know of."""
+        if slot >= self.clocks.threads // 32:
+            return next(agent for agent, s in self.slots.items() if s == slot)
+        readers = np.flatnonzero(int(lanes) >> np.arange(32) & 1) + 32 * slot
+        late = readers[self.clocks.seen[thread, readers] < time]
+        return int(late[0]) if len(late) else None
 
     def _race(self, lane: int, granule: int, verb: str, written: bool = False, reader: int = 0) -> None:
         if written:

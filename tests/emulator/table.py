@@ -14,6 +14,7 @@ import numpy as np
 
 from emulator.parser import Instruction
 from emulator.registers import Active, Lanes, Wait
+from emulator.types import STORAGE
 
 Compute = Callable[..., np.ndarray]
 Execute = Callable[[Instruction, Lanes, Active], Wait | None]
@@ -57,10 +58,19 @@ def executes(*names: str, section: str, blocks: bool = False, whole: int = 0) ->
     return enter
 
 
+# Modifiers that make another instruction of one that is known.
+UNKNOWN = {"pack", "xorsign", "seq", "noComplete", "im2col", "scatter4", "gather4"}
+
+
 def look_up(at: Instruction) -> Opcode | None:
     """The entry of the longest prefix of an instruction's name; None: it is not known."""
     parts = [at.opcode, *at.modifiers]
+    if UNKNOWN & set(parts) or (at.opcode in ("mad", "madc") and "cc" in parts):
+        return None
+    if at.opcode in ("atom", "red") and any(m in ("v2", "v4", "v8") for m in parts):
+        return None
     for count in range(len(parts), 0, -1):
         if (found := TABLE.get(".".join(parts[:count]))) is not None:
-            return found
+            known = found.compute is None or at.opcode == "prmt" or at.kind in STORAGE
+            return found if known else None
     return None

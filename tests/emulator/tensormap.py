@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from emulator.memory import GlobalMemory
 
 SIZES = {"u8": 1, "u16": 2, "f16": 2, "bf16": 2, "u32": 4, "f32": 4, "tf32": 4, "u64": 8, "f64": 8}
 
@@ -27,10 +31,13 @@ class TensorMap:
     swizzle: int = 0
     nan_fill: bool = False
 
-    @property
-    def whole(self) -> np.ndarray:
-        """The memory that it describes."""
-        return self.array
+    def address(self, memory: GlobalMemory) -> int:
+        """Of the array's first element: the array may be a part of a larger one."""
+        whole = self.array
+        while isinstance(whole.base, np.ndarray):
+            whole = whole.base
+        offset = self.array.ctypes.data - whole.ctypes.data
+        return memory.add(f"{self.kind} tensor", whole) + offset
 
 
 def swizzled(addresses: np.ndarray, span: int) -> np.ndarray:

@@ -30,8 +30,8 @@ def checked(name: str, given: TensorMap) -> TensorMap:
         said = f"expected a box of 1 to 256 elements in each dimension, got {box}"
     elif box[-1] * size % 16:
         said = f"expected the box's rows to be multiples of 16 bytes, got {box[-1] * size}"
-    elif any(s % 16 for s in array.strides[:-1]):
-        said = f"expected strides that are multiples of 16 bytes, got {array.strides}"
+    elif array.strides[-1] != size or any(s % 16 or s < 0 for s in array.strides[:-1]):
+        said = f"expected contiguous rows and strides that are multiples of 16 bytes, got {array.strides}"
     elif given.swizzle and box[-1] * size > given.swizzle:
         said = f"expected rows of at most {given.swizzle} bytes under that swizzle, got {box[-1] * size}"
     elif given.swizzle and box[-1] * size != given.swizzle:
@@ -64,7 +64,7 @@ def _tensor_map(at: Instruction, lanes: Lanes, alone: Active, operand: Address) 
 
 
 def _box(at: Instruction, lanes: Lanes, alone: Active, operand: Operand) -> tuple[TensorMap, np.ndarray, np.ndarray]:
-    """(map, (E,) the box's elements as positions in the array, (E,) which of them exist)."""
+    """(map, (E,) the box's elements as bytes from the array's first, (E,) which of them exist)."""
     assert isinstance(operand, Address) and operand.coordinates is not None
     tensor = _tensor_map(at, lanes, alone, operand)
     rank = int(at.modifiers[3][0])
@@ -72,10 +72,11 @@ def _box(at: Instruction, lanes: Lanes, alone: Active, operand: Operand) -> tupl
         raise Fault(f"copies {rank} dimensions of a tensor map of {tensor.array.ndim}")
     start = [int(operand_number(c, lanes, alone, "s32")[0]) for c in reversed(operand.coordinates.elements)]
     position, inside = np.zeros(tensor.box, np.int64), np.ones(tensor.box, bool)
-    for axis, (first, size, length) in enumerate(zip(start, tensor.box, tensor.array.shape, strict=True)):
+    array = tensor.array
+    for axis, (first, size, length) in enumerate(zip(start, tensor.box, array.shape, strict=True)):
         shape = [-1 if k == axis else 1 for k in range(rank)]
         along = (first + np.arange(size)).reshape(shape)
-        position = position * length + np.clip(along, 0, length - 1)
+        position = position + np.clip(along, 0, length - 1) * array.strides[axis]
         inside = inside & (along >= 0) & (along < length)
     return tensor, position.ravel(), inside.ravel()
 
@@ -118,7 +119,7 @@ def _load_tensor(at: Instruction, lanes: Lanes, lane: int, alone: Active) -> Non
     unit, (tensor, position, inside) = lanes.unit, _box(at, lanes, alone, source)
     size, outside = SIZES[tensor.kind], _outside(tensor)
 
-    where = unit.memory.add("", tensor.whole) + position[inside] * size
+    where = tensor.address(unit.memory) + position[inside]
     blocks = np.full(len(where), lanes.grid_block[lane])
 
     def fetch() -> np.ndarray:
@@ -138,10 +139,10 @@ def _store_tensor(at: Instruction, lanes: Lanes, lane: int, alone: Active) -> No
     index = int(shared(lanes, np.array([lane]), first, 1, False)[0])
     cells = _layout(lanes, index, tensor)
 
-    where = unit.memory.add("", tensor.whole) + position[inside] * size
+    where = tensor.address(unit.memory) + position[inside]
     blocks = np.full(len(where), lanes.grid_block[lane])
 
-    def land() -> None:
-        unit.memory.store(where, unit.shared.data[cells].reshape(-1, size)[inside], blocks)
+    def store(values: np.ndarray) -> None:
+        unit.memory.store(where, values.reshape(-1, size)[inside], blocks)
 
-    begin_store(unit, cells, int(lanes.threads[lane]), land, cells.reshape(-1, size)[inside].ravel())
+    begin_store(unit, cells, int(lanes.threads[lane]), store, cells.reshape(-1, size)[inside].ravel())

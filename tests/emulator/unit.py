@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from emulator.clocks import Clocks
-from emulator.errors import Fault
+from emulator.errors import EmulatorError, Fault
 from emulator.memory import GlobalMemory, SharedMemory
 from emulator.registers import Lanes
 from emulator.shadow import Shadow
@@ -33,17 +33,24 @@ class Schedule:
     seed: int = 0
     completion: str = "early"
 
+    def __post_init__(self) -> None:
+        if self.lanes not in (32, 64, 128, 256, 512, 1024):
+            raise EmulatorError(f"lanes: expected a power of two from 32 to 1024, got {self.lanes}")
+        if self.completion not in ("early", "late", "shuffled"):
+            raise EmulatorError(f"completion: expected early, late or shuffled, got {self.completion!r}")
+
 
 LOCKSTEP = Schedule()
 
 
 @dataclass(eq=False)
 class Copy:
-    """An asynchronous copy that has not landed."""
+    """An asynchronous copy that has not landed; one from shared memory may have ``read`` its bytes before that."""
 
     land: Callable[[], None]
     text: str
     landed: bool = False
+    read: Callable[[], None] | None = None
 
 
 @dataclass

@@ -35,7 +35,7 @@ def meeting(at: Instruction, members: Operand, lanes: Lanes, active: Active) -> 
     if not missing.any():
         return None
     late = np.repeat(missing.any(axis=1), 32)
-    wait = Wait(active.mask & late, lambda: False, "the lanes that its member mask names", again=True)
+    wait = Wait(active.mask & late, lambda: False, lambda: "the lanes that its member mask names", again=True)
     parties = late & named.ravel()
     wait.ready = lambda: bool((lanes.pcs[parties] == wait.pc).all())
     return wait

@@ -38,7 +38,8 @@ def _agent(lanes: Lanes) -> int:
 
 @executes("wgmma.fence", section="9.7.15.7.1", whole=128)
 def _fence(at: Instruction, lanes: Lanes, active: Active) -> None:
-    lanes.written.clear()
+    lanes.touched.clear()
+    lanes.fenced = True
 
 
 @executes("wgmma.commit_group", section="9.7.15.7.2", whole=128)
@@ -108,14 +109,16 @@ def _accumulates(lanes: Lanes, active: Active, scale: Operand) -> bool:
 def _ready(lanes: Lanes, d: Vector, a: Operand) -> None:
     """
     Raises:
-        Fault: A register was written since the last wgmma.fence, or is an operand of an earlier wgmma in flight.
+        Fault: A register was read or written since the last wgmma.fence, or is one of an earlier wgmma in flight.
     """
     inputs = a.elements if isinstance(a, Vector) else ()
     if "registers" in lanes.unit.unchecked:
         return
     names = [r.name for r in (*d.elements, *inputs) if isinstance(r, Register)]
-    if late := [name for name in names if name in lanes.written]:
-        raise Fault(f"register {late[0]} was written after the last wgmma.fence")
+    if not lanes.fenced:
+        raise Fault("no wgmma.fence comes before the first wgmma")
+    if late := [name for name in names if name in lanes.touched]:
+        raise Fault(f"register {late[0]} was read or written after the last wgmma.fence")
     for register in inputs:
         assert isinstance(register, Register)
         if register.name in lanes.flight and register.name not in lanes.inputs:
@@ -134,7 +137,7 @@ def _fly(lanes: Lanes, d: Vector, a: Operand) -> None:
     inputs = {r.name for r in a.elements if isinstance(r, Register)} if isinstance(a, Vector) else set()
     results = {r.name for r in d.elements if isinstance(r, Register)}
     lanes.inputs |= inputs
-    lanes.written -= results
+    lanes.touched -= results | inputs
     lanes.flight |= dict.fromkeys(results | inputs, group)
 
 
