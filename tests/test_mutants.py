@@ -9,7 +9,7 @@ import pytest
 from emulator import EmulatorError
 from emulator.compilers import PROBES, nvcc, start
 from probes.conv_probes import PROBES as CONVOLUTIONS
-from probes.mutants import MUTANTS, Mutant, sources
+from probes.mutants import MUTANTS, SOURCES, Mutant, renamed, sources, together
 from probes.run import SCHEDULES, emulated, wrong
 
 pytestmark = pytest.mark.skipif(not nvcc() or not PROBES.exists(), reason="needs an nvcc")
@@ -23,7 +23,7 @@ def _compiled_ahead(request):
         mutant = getattr(item, "callspec", None) and item.callspec.params.get("mutant")
         if isinstance(mutant, Mutant):
             probe = BY_NAME[mutant.probe]
-            start(PROBES / probe.source, probe.arch, sources(mutant))
+            start(PROBES / probe.source, probe.arch, together(mutant))
 
 
 def finding(mutant: Mutant) -> tuple[str, str]:
@@ -31,7 +31,7 @@ def finding(mutant: Mutant) -> tuple[str, str]:
     probe = BY_NAME[mutant.probe]
     for name in ("warps, copies late", "blocks in lockstep, copies early", "warps, copies shuffled"):
         try:
-            said = wrong(probe, emulated(probe, SCHEDULES[name], sources(mutant)))
+            said = wrong(probe, emulated(probe, SCHEDULES[name], together(mutant), renamed(mutant)))
         except EmulatorError as error:
             said = str(error)
         if said:
@@ -48,6 +48,11 @@ def test_mutant(mutant, record_property):
         assert mutant.reason and not said
     else:
         assert re.search(mutant.expect, said), f"expected {mutant.expect}, got {said or 'nothing'}"
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name)
+def test_it_is_one_change(mutant):
+    assert sources(mutant) != SOURCES[mutant.probe].read_text()
 
 
 def test_there_are_enough():

@@ -196,22 +196,35 @@ class Machine:
 
 
 def _place(kernel: Kernel, memory: GlobalMemory, dynamic: int) -> tuple[dict[str, int], int, int]:
-    """Addresses of variables, and the bytes of shared and of local memory; dynamic shared memory lies last."""
+    """Addresses of the variables in use, and the bytes of shared and of local memory.
+
+    Dynamic shared memory comes last, and every variable without a size is the whole of it.
+    """
+    names = {
+        o.name if isinstance(o, Symbol) else o.base
+        for at in kernel.instructions
+        for o in at.operands
+        if isinstance(o, Symbol | Address)
+    }
     addresses: dict[str, int] = {}
     used = {"shared": SHARED_FIRST, "local": 0}
-    order = sorted(kernel.variables.items(), key=lambda item: item[1].size == 0)
-    for name, variable in order:
-        if variable.space in used:
-            step = max(variable.alignment, 1024 if variable.size == 0 else 1)
-            addresses[name] = -(-used[variable.space] // step) * step
-            if variable.size:
-                used[variable.space] = addresses[name] + variable.size
-            else:
-                used[variable.space] = max(used[variable.space], addresses[name] + dynamic)
-        else:
+    unsized = []
+    for name, variable in kernel.variables.items():
+        if name not in names:
+            continue
+        if variable.space not in used:
             data = np.zeros(max(variable.size, 1), np.uint8)
             data[: len(variable.initial)] = np.frombuffer(variable.initial, np.uint8)
             addresses[name] = memory.add(name, data)
+        elif variable.size:
+            addresses[name] = -(-used[variable.space] // variable.alignment) * variable.alignment
+            used[variable.space] = addresses[name] + variable.size
+        else:
+            unsized.append(name)
+    if unsized:
+        first = -(-used["shared"] // 1024) * 1024
+        addresses |= dict.fromkeys(unsized, first)
+        used["shared"] = first + dynamic
     return addresses, used["shared"] - SHARED_FIRST, used["local"]
 
 

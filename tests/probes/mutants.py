@@ -9,11 +9,13 @@ decides. None: no result can change on hardware, for ``reason``.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from probes.conv_probes import PROBES
 
+KERNELS = {probe.name: probe.kernel for probe in PROBES}
 SOURCES = {probe.name: Path(__file__).with_name(probe.source) for probe in PROBES}
 
 
@@ -36,6 +38,28 @@ def sources(mutant: Mutant) -> str:
     count = text.count(mutant.pattern)
     assert count == 1, f"{mutant.name}: {mutant.pattern!r} occurs {count} times"
     return text.replace(mutant.pattern, mutant.replacement)
+
+
+TOGETHER = 12  # mutants of a source that are compiled as one: most of the time goes into the headers
+
+
+def renamed(mutant: Mutant) -> str:
+    """Its kernel's name beside the others'."""
+    return f"{KERNELS[mutant.probe]}_{mutant.name}"
+
+
+def together(mutant: Mutant) -> str:
+    """One source of a mutant and its neighbours, each in a namespace, its kernels renamed; lines are still its own."""
+    source = SOURCES[mutant.probe]
+    siblings = [m for m in MUTANTS if SOURCES[m.probe] == source]
+    first = siblings.index(mutant) // TOGETHER * TOGETHER
+    headers = dict.fromkeys(re.findall(r"^#include.*$", source.read_text(), flags=re.M))
+    parts = ["\n".join(headers)]
+    for sibling in siblings[first : first + TOGETHER]:
+        text = re.sub(r"^#include.*$", "", sources(sibling), flags=re.M)
+        text = re.sub(r"\bconv3x3_sm\d+(_cluster)?(?=\()", rf"\g<0>_{sibling.name}", text)
+        parts.append(f'namespace {sibling.name} {{\n#line 1 "{source.name}"\n{text}\n}}')
+    return "\n".join(parts)
 
 
 def _of(probe: str, *rows: tuple[str, ...]) -> tuple[Mutant, ...]:

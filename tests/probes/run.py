@@ -10,7 +10,7 @@ import numpy as np
 
 import golden
 from emulator import Schedule, TensorMap, emulate
-from emulator.compilers import compiled
+from emulator.compilers import one
 from emulator.parser import Kernel
 from probes import Argument, Probe
 
@@ -34,9 +34,9 @@ def array_of(argument: Argument) -> np.ndarray:
     return argument.array if isinstance(argument, TensorMap) else np.asarray(argument)
 
 
-def emulated(probe: Probe, schedule: Schedule, text: str = "") -> list[np.ndarray]:
-    """A CUDA probe's outputs; ``text`` in place of its source."""
-    kernel = compiled(FOLDER / probe.source, probe.arch, text)[probe.kernel]
+def emulated(probe: Probe, schedule: Schedule, text: str = "", name: str = "") -> list[np.ndarray]:
+    """A CUDA probe's outputs; ``text`` in place of its source, ``name`` in place of its kernel's."""
+    kernel = one(FOLDER / probe.source, probe.arch, name or probe.kernel, text)
     arguments = arguments_of(probe)
     emulate(kernel, probe.grid, probe.block, arguments, cluster=probe.cluster, shared=probe.shared, schedule=schedule)
     return [array_of(arguments[k]) for k in probe.outputs]
