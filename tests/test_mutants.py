@@ -65,7 +65,7 @@ CHECKS = {
     "race at a barrier": r"race: arrives at barrier",
     "an mbarrier used before its initialisation is known": r"race: no barrier lies between",
     "missing proxy fence": r"no proxy fence",
-    "wgmma.fence": r"after the last wgmma.fence",
+    "wgmma.fence": r"wgmma.fence",
     "operation in flight": r"in flight",
     "undefined value": r"undefined|uninitialised",
     "deadlock": r"deadlock",

@@ -405,7 +405,8 @@ HOPPER = _of(
         "",
         "ptx::fence_mbarrier_init();",
         "",
-        "__syncthreads() orders initialising before the producer's copies; the fence is for other blocks' use",
+        "__syncthreads() orders initialising before the producer's copies; the fence is for other blocks' use, "
+        "though CUDA's guide puts one here too",
     ),
 ) + _of(
     "conv3x3_sm90_2x5x7x72_72",
