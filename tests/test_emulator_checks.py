@@ -197,7 +197,7 @@ RACES += [
     Pair(
         "shared memory out of bounds",
         f"st.shared.u32 [%mine+<4096|0>], %x; ld.shared.u32 %r1, [%mine]; {STORE}",
-        r"^k, where.cu:1, .*address 0x14[18]0 is out of bounds: byte 4(112|224) of 4112 in .*, thread \((4|32), 0, 0\)",
+        r"^k, where.cu:1, .*address 0x14[0-9a-f]0 is out of bounds: byte 4\d+ of 4\d+ in .*, thread \(\d+, 0, 0\)",
     ),
     Pair(
         "shared memory misaligned",

@@ -224,7 +224,8 @@ def _place(kernel: Kernel, memory: GlobalMemory, dynamic: int) -> tuple[dict[str
     if unsized:
         first = -(-used["shared"] // 1024) * 1024
         addresses |= dict.fromkeys(unsized, first)
-        used["shared"] = first + dynamic
+        used["shared"] = first
+    used["shared"] += dynamic
     return addresses, used["shared"] - SHARED_FIRST, used["local"]
 
 
