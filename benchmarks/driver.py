@@ -173,9 +173,9 @@ class Driver:
 
     def __init__(self, device: torch.device, library: str = "libcuda.so.1") -> None:
         self.device = device
-        self.library = ctypes.CDLL(library)
+        self.cuda = ctypes.CDLL(library)
         for name, types in PROTOTYPES.items():
-            function = getattr(self.library, name)
+            function = getattr(self.cuda, name)
             function.argtypes, function.restype = types, c_int
         number, context = c_int(), c_void_p()
         self.call("cuInit", 0)
@@ -184,14 +184,14 @@ class Driver:
         self.call("cuCtxSetCurrent", context)
 
     def call(self, name: str, *arguments: object) -> None:
-        status = getattr(self.library, name)(*arguments)
+        status = getattr(self.cuda, name)(*arguments)
         if status != CUDA_SUCCESS:
             raise DriverError(f"{name}: {self.describe(status)}")
 
     def describe(self, status: int) -> str:
         """An error's name and what it means."""
         texts = []
-        for function in (self.library.cuGetErrorName, self.library.cuGetErrorString):
+        for function in (self.cuda.cuGetErrorName, self.cuda.cuGetErrorString):
             text = c_char_p()
             function(status, byref(text))
             texts.append((text.value or str(status).encode()).decode())
@@ -219,7 +219,7 @@ class Driver:
         sizes: list[int] = []
         offset, size = c_size_t(), c_size_t()
         # Past the last one the driver says CUDA_ERROR_INVALID_VALUE.
-        while self.library.cuFuncGetParamInfo(function, len(sizes), byref(offset), byref(size)) == CUDA_SUCCESS:
+        while self.cuda.cuFuncGetParamInfo(function, len(sizes), byref(offset), byref(size)) == CUDA_SUCCESS:
             sizes.append(size.value)
         return sizes
 
@@ -309,7 +309,7 @@ class Driver:
     def wait(self, seconds: float) -> None:
         """Until the default stream is idle; not by cuStreamSynchronize, which never returns if a kernel hangs."""
         deadline = time.monotonic() + seconds
-        while (status := self.library.cuStreamQuery(None)) == CUDA_ERROR_NOT_READY:
+        while (status := self.cuda.cuStreamQuery(None)) == CUDA_ERROR_NOT_READY:
             if time.monotonic() > deadline:
                 raise LaunchError(f"still running after {seconds:g} s")
             time.sleep(1e-4)

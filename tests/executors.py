@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import functools
 import subprocess
 import sys
 import tempfile
@@ -69,7 +68,6 @@ class Executor:
         return launched(probe.name, self.device)
 
 
-@functools.lru_cache(maxsize=1)
 def launched(name: str, device: str) -> list[np.ndarray]:
     """A Triton probe's outputs, launched by Triton itself in a process of its own, interpreted where there is no GPU.
 

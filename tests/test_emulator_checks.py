@@ -5,6 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from emulator.clocks import Clocks
+from emulator.errors import Fault
+from emulator.shadow import Shadow
 from emulator_pairs import (
     ARRIVE,
     BOTH,
@@ -393,6 +396,25 @@ MBARRIERS = [
         cluster=2,
     ),
 ]
+
+
+def test_a_reader_after_a_write_is_remembered_beside_later_ones():
+    """Of reads since the last write by lanes of one warp at two times, and not of those before it."""
+    clocks = Clocks(64, str)
+    shadow, word = Shadow(clocks, 1, 4, 1), np.zeros((1, 1), np.int64)
+    warp = np.arange(32)
+    shadow.load(np.repeat(word, 32, axis=0), warp)
+    clocks.acquire(np.array([0]), clocks.release(warp))
+    shadow.store(word, np.array([0]))
+    clocks.acquire(warp, clocks.release(np.array([0])))
+    shadow.load(word, np.array([1]))
+    clocks.release(np.array([0]))
+    shadow.load(word, np.array([2]))
+    clocks.release(np.array([0]))
+    shadow.load(word, np.array([3]))
+    clocks.acquire(np.array([32]), clocks.release(np.array([2, 3])))
+    with pytest.raises(Fault, match="race: writes byte 0 of shared memory, which 1 reads"):
+        shadow.store(word, np.array([32]))
 
 
 ALL = [*RACES, *BARRIERS, *MBARRIERS]

@@ -91,10 +91,7 @@ def destinations(
     signal, *more = rest
     unit = lanes.unit
     first = int(addresses(to, lanes, alone)[0])
-    if first % 16:
-        raise Fault(f"shared address {first:#x} is not aligned to 16 bytes")
-    data = int(shared(lanes, np.array([lane]), np.array([first]), 1, True)[0])
-    rows(lanes, lane, first, count, True)
+    data = int(rows(lanes, lane, first, count, True)[0])
     barrier = int(locate(signal, lanes, alone, True)[0])
     if not any(m.startswith("multicast") for m in at.modifiers):
         return [(data, _usable(unit, barrier, int(lanes.threads[lane])))]

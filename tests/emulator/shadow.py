@@ -112,6 +112,7 @@ class Shadow:
         self.writer[granules], self.written[granules], self.strong[granules] = agents, times, strong
         self.write_place[granules] = self.place
         self.read[granules] = self.past[granules] = 0
+        self.readers[granules] = self.past_readers[granules] = 0
         self.plain[granules] = False
 
     def _ordered_writes(
