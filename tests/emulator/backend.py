@@ -116,7 +116,7 @@ class Emulated(Native):
             return
         lanes = 16 // size if rest[3] % (16 // size) == 0 else 1
         buffers: list[object] = [
-            _bytes(pointer, count * (1 if name in entry.bytewise else size)) if pointer else 0
+            bytes_at(pointer, count * (1 if name in entry.bytewise else size)) if pointer else 0
             for name, pointer, count in zip(entry.pointers, pointers, elements, strict=True)
         ]
         arguments = Struct(f"{len(buffers)}Q{entry.layout}", (*buffers, *entry.arguments(rest)))
@@ -126,5 +126,5 @@ class Emulated(Native):
         emulate(kernel, [blocks], [THREADS], [arguments], schedule=self.schedule)
 
 
-def _bytes(address: int, size: int) -> np.ndarray:
+def bytes_at(address: int, size: int) -> np.ndarray:
     return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))

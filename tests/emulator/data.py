@@ -30,14 +30,20 @@ from emulator.table import executes
 
 @executes("mov", section="9.7.9.3")
 def _mov(at: Instruction, lanes: Lanes, active: Active) -> None:
-    """Of a vector the elements come from the lowest bits on."""
+    """Of a vector the elements come from the lowest bits on.
+
+    An element that no instruction writes stands for bits that the compiler knows nobody will look at; they are ones, a
+    NaN, and the others make the result defined or not.
+    """
     to, source = at.operands
     if isinstance(source, Vector):
         part = 8 * types.width(at.kind) // len(source.elements)
         total = np.zeros(lanes.count, np.uint64)
+        filled = [e for e in source.elements if not isinstance(e, Register) or e.name in lanes.kernel.written]
         for k, element in enumerate(source.elements):
-            total |= lanes.bits(element, f"b{part}").astype(np.uint64) << np.uint64(k * part)
-        lanes.write(to, total, active, lanes.undefined(source.elements))
+            bits = lanes.bits(element, f"b{part}") if element in filled or not filled else np.uint64((1 << part) - 1)
+            total |= bits.astype(np.uint64) << np.uint64(k * part)
+        lanes.write(to, total, active, lanes.undefined(filled or source.elements))
     elif isinstance(to, Vector):
         part = 8 * types.width(at.kind) // len(to.elements)
         bits = lanes.bits(source, at.kind).astype(np.uint64)

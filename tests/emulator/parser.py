@@ -103,6 +103,13 @@ class Kernel:
                 found |= {r.name for v in vectors for r in v.elements if isinstance(r, Register)}
         return frozenset(found)
 
+    @functools.cached_property
+    def written(self) -> frozenset[str]:
+        """The registers that an instruction may write: those among first operands."""
+        first = [at.operands[0] for at in self.instructions if at.operands]
+        flat = [r for o in first for r in (o.elements if isinstance(o, Vector) else (o,))]
+        return frozenset(r.name for r in flat if isinstance(r, Register))
+
     def type_of(self, register: str) -> str:
         """The type that a register was declared with."""
         found = self.registers.get(register)

@@ -207,7 +207,7 @@ def constant(value: int | float, kind: str) -> Bits:
     if kind == "pred":
         return np.array(bool(value))
     if kind in types.PACKED:
-        kind = "b32"
+        kind = f"b{8 * types.width(kind)}"
     if isinstance(value, float):  # of types that are only bits, the floating-point number of that width is meant
         return types.to_bits(np.array(value), kind if kind in types.FLOATS else f"f{8 * types.width(kind)}")
     return np.array(value & ((1 << 8 * types.width(kind)) - 1)).astype(types.STORAGE[kind])

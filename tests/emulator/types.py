@@ -12,8 +12,11 @@ STORAGE = {
     "bf16": np.uint16,
     "f32": np.uint32,
     "tf32": np.uint32,
+    "u16x2": np.uint32,
+    "s16x2": np.uint32,
     "f16x2": np.uint32,
     "bf16x2": np.uint32,
+    "f32x2": np.uint64,
     "f64": np.uint64,
 }
 # How arithmetic of a type sees it; bfloat16 is computed in float32.
@@ -26,7 +29,7 @@ ARITHMETIC = {
     "f64": np.float64,
 }
 FLOATS = ("f16", "bf16", "tf32", "f32", "f64")
-PACKED = {"f16x2": "f16", "bf16x2": "bf16"}
+PACKED = {"u16x2": "u16", "s16x2": "s16", "f16x2": "f16", "bf16x2": "bf16", "f32x2": "f32"}
 
 
 def width(kind: str) -> int:
@@ -39,8 +42,8 @@ def from_bits(bits: np.ndarray, kind: str) -> np.ndarray:
     if kind == "pred":
         return bits
     if kind in PACKED:
-        words = bits.astype(np.uint32)
-        halves = np.stack([words & np.uint32(0xFFFF), words >> np.uint32(16)], axis=-1)
+        words, shift = bits.astype(np.uint64), 8 * width(PACKED[kind])
+        halves = np.stack([words & np.uint64((1 << shift) - 1), words >> np.uint64(shift)], axis=-1)
         return from_bits(halves, PACKED[kind])
     bits = bits.astype(STORAGE[kind], copy=False)
     if kind == "bf16":
@@ -53,11 +56,16 @@ def to_bits(values: np.ndarray, kind: str) -> np.ndarray:
     if kind == "pred":
         return values.astype(np.bool_, copy=False)
     if kind in PACKED:
-        halves = to_bits(values, PACKED[kind]).astype(np.uint32)
-        return halves[..., 0] | halves[..., 1] << np.uint32(16)
+        return _packed(to_bits(values, PACKED[kind]), kind)
     if kind == "bf16":
         return bfloat16_bits(values)
     return np.ascontiguousarray(values.astype(ARITHMETIC[kind], copy=False)).view(STORAGE[kind])
+
+
+def _packed(halves: np.ndarray, kind: str) -> np.ndarray:
+    """(...) of the bits of halves (..., 2), the low one first."""
+    wide, shift = halves.astype(np.uint64), np.uint64(8 * width(PACKED[kind]))
+    return (wide[..., 0] | wide[..., 1] << shift).astype(STORAGE[kind])
 
 
 NANS = {"f16": 0x7FFF, "bf16": 0x7FFF, "tf32": 0x7FFFFFFF, "f32": 0x7FFFFFFF}
@@ -67,8 +75,7 @@ def to_result(values: np.ndarray, kind: str) -> np.ndarray:
     """As ``to_bits``, of a computation: NaN becomes the canonical one."""
     bits = to_bits(values, kind)
     if kind in PACKED:
-        halves = [to_result(values[..., k], PACKED[kind]).astype(np.uint32) for k in (0, 1)]
-        return halves[0] | halves[1] << np.uint32(16)
+        return _packed(np.stack([to_result(values[..., k], PACKED[kind]) for k in (0, 1)], axis=-1), kind)
     if kind in NANS and (nan := np.isnan(values)).any():
         return np.where(nan, bits.dtype.type(NANS[kind]), bits)
     return bits
