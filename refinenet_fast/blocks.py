@@ -8,11 +8,11 @@ blocks take any floating dtype and return ``channels_last`` memory; under autoca
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import Tensor, nn
 
-from refinenet_fast.ops import _check, crp, fuse, rcu
+from refinenet_fast.ops import _check, crp, fuse, rcu, rcu_run
 from refinenet_fast.ops.crp import ORDERS
 from refinenet_fast.ops.rcu import SKIPS
 
@@ -41,10 +41,34 @@ class ResidualConvUnit(nn.Module):
         self,
         x: Tensor,  # (N, C, H, W)
     ) -> Tensor:  # (N, C, H, W)
-        return rcu(x, self.conv1.weight, self.conv1.bias, self.conv2.weight, self.conv2.bias, self.skip)
+        return rcu(x, *self.parameters_in_order(), self.skip)
+
+    def parameters_in_order(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        """``(w1, b1, w2, b2)``: (C, C, 3, 3), (C,) or None, (C, C, 3, 3), (C,) or None."""
+        return self.conv1.weight, self.conv1.bias, self.conv2.weight, self.conv2.bias
 
     def extra_repr(self) -> str:
         return f"skip={self.skip!r}"
+
+
+class ResidualConvUnits(nn.Sequential):
+    """Residual conv units in a row, run as one op; one after another where a unit has hooks or has been replaced."""
+
+    def forward(
+        self,
+        x: Tensor,  # (N, C, H, W)
+    ) -> Tensor:  # (N, C, H, W)
+        units = [unit for unit in self if _is_bare(unit)]
+        skips = {unit.skip for unit in units}
+        if len(units) < len(self) or len(skips) != 1:
+            return super().forward(x)
+        return rcu_run(x, [unit.parameters_in_order() for unit in units], *skips)
+
+
+def _is_bare(unit: nn.Module) -> TypeGuard[ResidualConvUnit]:
+    """Whether calling the unit does nothing but its own forward."""
+    hooks = (unit._forward_hooks, unit._forward_pre_hooks, unit._backward_hooks, unit._backward_pre_hooks)
+    return type(unit) is ResidualConvUnit and not any(hooks)
 
 
 class MultiResolutionFusion(nn.Module):
@@ -161,8 +185,8 @@ class RefineNetBlock(nn.Module):
         check_count(adaptive_units, "adaptive_units")
         check_kernel(kernel_size, "kernel_size")
 
-        def units(width: int, count: int) -> nn.Sequential:
-            return nn.Sequential(*(ResidualConvUnit(width, rcu_bias, rcu_skip) for _ in range(count)))
+        def units(width: int, count: int) -> ResidualConvUnits:
+            return ResidualConvUnits(*(ResidualConvUnit(width, rcu_bias, rcu_skip) for _ in range(count)))
 
         widths = [channels] * len(trunk_channels) + previous
         self.in_channels = [*trunk_channels, *previous]

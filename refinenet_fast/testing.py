@@ -153,7 +153,7 @@ class Imposed:
     """ReLU and max pool with the decisions of a forward pass imposed; ``worst`` says how wrong they are."""
 
     def __init__(self, call: Call, saved: Sequence[Tensor]) -> None:
-        self.masks = iter([call.tensors[0], *saved])  # RCU's second ReLU: by its saved result
+        self.masks = iter([call.tensors[0], *saved])  # RCU's ReLUs: by what is saved, their results among it
         self.bytes = iter([t for t in saved if t.dtype == torch.uint8])
         self.worst = 0.0
 
@@ -182,9 +182,11 @@ def eager(call: Call, *tensors: Tensor | None, steps: Imposed | None = None) -> 
     """The hot path of ``call`` in plain PyTorch, on ``tensors`` in place of its own; with decisions from ``steps``."""
     relu, pool = (steps.relu, steps.pool) if steps else (torch.relu, maxpool)
     if call.op == "rcu":
-        x, w1, b1, w2, b2 = tensors
-        r = relu(x)
-        return (x if call.options[0] == "raw" else r) + conv(relu(conv(r, w1, b1)), w2, b2)
+        x, *units = tensors
+        for w1, b1, w2, b2 in zip(*[iter(units)] * 4):
+            r = relu(x)
+            x = (x if call.options[0] == "raw" else r) + conv(relu(conv(r, w1, b1)), w2, b2)
+        return x
     if call.op == "fuse":
         paths, (size, corners) = len(tensors) // 3, call.options
         maps = [conv(x, tensors[paths + i], tensors[2 * paths + i]) for i, x in enumerate(tensors[:paths])]
@@ -241,13 +243,22 @@ class Call:
 
 
 def rcu_call(
-    shape: Sequence[int], data: Data, middle: int | None = None, kernel: int = 3, biases: str = "1", skip: str = "raw"
+    shape: Sequence[int],
+    data: Data,
+    middle: int | None = None,
+    kernel: int = 3,
+    biases: str = "1",
+    skip: str = "raw",
+    units: int = 1,
 ) -> Call:
     """``biases`` names the convolutions that have one: "", "1", "2" or "12"."""
     c, m = shape[1], middle or shape[1]
-    w1, w2 = data.weight(m, c, kernel, salt=1), data.weight(c, m, kernel, salt=2)
-    b1, b2 = data(m, salt=3) if "1" in biases else None, data(c, salt=4) if "2" in biases else None
-    return Call("rcu", [data(*shape), w1, b1, w2, b2], (skip,))
+    tensors: list[Tensor | None] = [data(*shape)]
+    for salt in range(0, 10 * units, 10):
+        w1, w2 = data.weight(m, c, kernel, salt=salt + 1), data.weight(c, m, kernel, salt=salt + 2)
+        b1, b2 = data(m, salt=salt + 3) if "1" in biases else None, data(c, salt=salt + 4) if "2" in biases else None
+        tensors += [w1, b1, w2, b2]
+    return Call("rcu", tensors, (skip,))
 
 
 def crp_call(
@@ -282,6 +293,7 @@ def some_calls(shape: Sequence[int], data: Data) -> list[Call]:
     return [
         rcu_call(shape, data),
         rcu_call(shape, data, middle=c + 2, kernel=1, biases="2", skip="relu"),
+        rcu_call(shape, data, biases="12", units=3),
         fuse_call([shape, small], data, [3, 3], c),
         fuse_call([shape, small, shape, large], data, [None, 1, 3, None], c, True, shape[2:], align_corners=False),
         crp_call(shape, data, stages=2),
@@ -320,8 +332,10 @@ def _convolutions(call: Call) -> list[tuple[Tensor, Tensor]]:
     return [(weights[0], w) for w in weights[1:]]
 
 
-def check_kernels(kernels: Backend, shape: Sequence[int], data: Data) -> Iterator[tuple[str, str, float, float]]:
-    """(kernel, direction, error, limit) of the four kernels alone."""
+def check_pool_and_bilinear(
+    kernels: Backend, shape: Sequence[int], data: Data
+) -> Iterator[tuple[str, str, float, float]]:
+    """(kernel, direction, error, limit) of the kernels without a convolution."""
     x, gy, (n, c, h, w) = data(*shape), data(*shape, salt=1), shape
     with poisoned():
         value, argmax = kernels.maxpool5(x, relu=True, argmax=True)
@@ -337,6 +351,12 @@ def check_kernels(kernels: Backend, shape: Sequence[int], data: Data) -> Iterato
             gx = kernels.bilinear_backward(high, (h, w), corners)
         yield "bilinear", "forward", *compare([y], lambda x, high, f=resized: high + f(x), [x, high])
         yield "bilinear", "backward", *compare([gx], resized, [x], high)
+
+
+def check_kernels(kernels: Backend, shape: Sequence[int], data: Data) -> Iterator[tuple[str, str, float, float]]:
+    """(kernel, direction, error, limit) of the four kernels alone."""
+    yield from check_pool_and_bilinear(kernels, shape, data)
+    x, (n, c, h, w) = data(*shape), shape
     weight, bias = data.weight(c + 1, c, 3, salt=3), data(c + 1, salt=4)
     winograd = kernels.is_winograd(x, weight)
     gy, low = data(n, c + 1, h, w, salt=5), data(n, c + 1, (h + 1) // 2, (w + 1) // 2, salt=6)

@@ -157,7 +157,10 @@ def assert_right(call: Call, backend: str) -> None:
 def public(call: Call, *tensors: Tensor | None) -> Tensor:
     """The public function of the call's op, on ``tensors`` in place of the call's own."""
     if call.op == "rcu":
-        return ops.rcu(*tensors, *call.options)
+        x, *units = tensors
+        if len(units) == 4:
+            return ops.rcu(x, *units, *call.options)
+        return ops.rcu_run(x, list(zip(*[iter(units)] * 4)), *call.options)
     k = len(tensors) // 3 if call.op == "fuse" else 1
     images, rest = list(tensors[:k]), tensors[k:]
     weights, biases = list(rest[: len(rest) // 2]), list(rest[len(rest) // 2 :])
@@ -206,9 +209,13 @@ def assert_gradcheck(call: Call) -> None:
     assert torch.autograd.gradcheck(lambda *tensors: public(call, *tensors), leaves)
 
 
-def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def run_python(code: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """A fresh interpreter with these environment variables and none of the package's others."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("REFINENET_FAST_")}
     return subprocess.run(
-        [sys.executable, "-c", code], env={**kept, **environment}, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code, *arguments],
+        env={**kept, **environment},
+        capture_output=True,
+        text=True,
+        timeout=280,
     )

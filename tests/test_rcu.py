@@ -25,6 +25,7 @@ options = {
     "kernel": st.sampled_from([1, 3]),
     "biases": st.sampled_from(["", "1", "2", "12"]),
     "skip": st.sampled_from(["raw", "relu"]),
+    "units": st.sampled_from([1, 1, 2, 3]),
 }
 
 
@@ -60,3 +61,23 @@ def test_an_expanded_gradient_and_the_same_bits_twice(place, skip):
 def test_gradcheck(kernel, biases, skip):
     call = rcu_call((2, 2, 4, 3), Data(torch.float64), middle=3, kernel=kernel, biases=biases, skip=skip)
     assert_gradcheck(call)
+
+
+@pytest.mark.parametrize("skip", ["raw", "relu"])
+def test_gradcheck_of_a_run(skip):
+    call = rcu_call((1, 2, 3, 3), Data(torch.float64), middle=3, biases="12", skip=skip, units=2)
+    assert_gradcheck(call)
+
+
+@pytest.mark.parametrize("first", [1, 2, 5, 8])
+def test_a_run_computes_only_the_gradients_that_are_wanted(place, first):
+    """Frozen from the first unit on, up to tensor ``first``: backward stops there."""
+    call = rcu_call((1, 5, 4, 3), place.data(), biases="12", units=2)
+    wanted = [i >= first for i in range(len(call.tensors))]
+    y, saved = call.train(place.backend)
+    every = call.gradients(torch.ones_like(y), saved, place.backend)
+    op = torch.ops.refinenet_fast.rcu_backward
+    some = op(torch.ones_like(y), call.tensors, saved, wanted, *call.options, place.backend)
+    assert len(some) == sum(wanted)
+    for got, want in zip(some, every[first:], strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=0)

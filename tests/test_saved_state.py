@@ -58,3 +58,10 @@ def test_an_rcu_holds_one_map_and_a_fusion_none(place):
         fusion = held(public, fuse_call([SHAPE, (2, 3, 5, 4)], place.data(), [3, 1], 8, True))
     assert rcu == {place.dtype: ELEMENTS // 8 * 5 * place.dtype.itemsize}
     assert fusion == {}
+
+
+@pytest.mark.parametrize("units", [2, 3])
+def test_a_run_of_rcus_holds_two_maps_a_unit(place, units):
+    with place.forced():
+        run = held(public, rcu_call(SHAPE, place.data(), units=units))
+    assert run == {place.dtype: (2 * units - 1) * ELEMENTS * place.dtype.itemsize}

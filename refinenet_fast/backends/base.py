@@ -99,6 +99,13 @@ class Backend(ABC):
         """Which steps ``_conv3x3`` performs, called with these."""
         return BIAS_ONLY
 
+    def relu_ahead(
+        self,
+        x: Tensor,  # (N, C, H, W)
+    ) -> bool:
+        """Whether a convolution should write its ReLU'd result for the next one, as ReLU on the way in is not free."""
+        return False
+
     @abstractmethod
     def _conv3x3(
         self,
@@ -136,6 +143,18 @@ class Backend(ABC):
         x, way_in = self._compose_in(x, way_in, fuses.way_in)
         fused, left = split(way_out, fuses.way_out)
         return self.way_out(self._conv3x3(x, weight, way_in, fused, pack), left)
+
+    def conv3x3_and_relu(
+        self,
+        x: Tensor,  # (N, C, H, W)
+        weight: Tensor,  # (K, C, 3, 3) or (K, C, 1, 1)
+        way_in: WayIn = PLAIN_IN,
+        way_out: WayOut = PLAIN_OUT,
+        pack: bool = False,
+    ) -> tuple[Tensor, Tensor]:  # (N, K, H, W) each
+        """``conv3x3`` and the ReLU of its result."""
+        y = self.conv3x3(x, weight, way_in, way_out, pack)
+        return y, torch.relu(y)
 
     def conv3x3_input_grad(
         self,

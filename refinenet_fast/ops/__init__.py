@@ -2,6 +2,6 @@
 
 from refinenet_fast.ops.crp import crp
 from refinenet_fast.ops.fuse import fuse
-from refinenet_fast.ops.rcu import rcu
+from refinenet_fast.ops.rcu import rcu, rcu_run
 
-__all__ = ["crp", "fuse", "rcu"]
+__all__ = ["crp", "fuse", "rcu", "rcu_run"]

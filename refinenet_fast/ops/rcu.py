@@ -1,6 +1,9 @@
-"""Residual conv unit (Lin et al., CVPR 2017, section 3.2)."""
+"""Residual conv unit, and a run of them (Lin et al., CVPR 2017, section 3.2)."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -11,6 +14,7 @@ from refinenet_fast.ops._autocast import activations
 from refinenet_fast.ops._library import HotPath, Tensors
 
 SKIPS = ("raw", "relu")
+Unit = Sequence[Tensor | None]  # w1, b1, w2, b2
 
 
 def rcu(
@@ -42,20 +46,71 @@ def rcu(
     """
     _check.choice(skip, "skip", SKIPS)
     x = activations(_check.image(x, "x"))
-    _check.weight(w1, "w1", x)
-    _check.bias(b1, "b1", w1, x)
-    _check.weight(w2, "w2", x, channels=w1.shape[0])
-    if w2.shape[0] != x.shape[1]:
-        raise ValueError(f"w2: expected {x.shape[1]} output channels, those of x, got {w2.shape[0]}")
-    _check.bias(b2, "b2", w2, x)
+    _check_unit(x, (w1, b1, w2, b2))
     return _RCU(resolve("rcu", x), [x, w1, b1, w2, b2], skip)
 
 
+def rcu_run(
+    x: Tensor,  # (N, C, H, W)
+    units: Sequence[Unit],
+    skip: str = "raw",
+) -> Tensor:  # (N, C, H, W)
+    r"""Residual conv units in a row, as one hot path: what :func:`rcu` computes, one after another.
+
+    Between two of them a backend may write the sum together with its ReLU, which is all that the next unit's first
+    convolution and backward need. What is kept for backward is, beside ``x``, two maps a unit, and one for the first.
+
+    Args:
+        x, skip: As in :func:`rcu`.
+        units: ``(w1, b1, w2, b2)`` of each, as in :func:`rcu`; one or more.
+
+    Returns, Raises: As :func:`rcu`; arguments are named ``units[i].w1``.
+    """
+    _check.choice(skip, "skip", SKIPS)
+    x = activations(_check.image(x, "x"))
+    tensors: Tensors = [x]
+    for i, unit in enumerate(_check.sequence(units, "units")):
+        if len(_check.sequence(unit, f"units[{i}]")) != 4:
+            raise ValueError(f"units[{i}]: expected (w1, b1, w2, b2), got {len(unit)} entries")
+        _check_unit(x, unit, f"units[{i}].")
+        tensors += unit
+    return _RCU(resolve("rcu", x), tensors, skip)
+
+
+def _check_unit(
+    x: Tensor,  # (N, C, H, W)
+    unit: Unit,
+    prefix: str = "",
+) -> None:
+    w1, b1, w2, b2 = unit
+    _check.weight(w1, f"{prefix}w1", x)
+    _check.bias(b1, f"{prefix}b1", w1, x)
+    _check.weight(w2, f"{prefix}w2", x, channels=w1.shape[0])
+    if w2.shape[0] != x.shape[1]:
+        raise ValueError(f"{prefix}w2: expected {x.shape[1]} output channels, those of x, got {w2.shape[0]}")
+    _check.bias(b2, f"{prefix}b2", w2, x)
+
+
+def _units(tensors: Sequence[Any]) -> list[Sequence[Any]]:
+    """What belongs to each unit, of a list as long as the tensors: without x."""
+    return [tensors[i : i + 4] for i in range(1, len(tensors), 4)]
+
+
 def _forward(kernels: Backend, tensors: Tensors, skip: str, keep: bool) -> tuple[Tensor, list[Tensor]]:
-    x, w1, b1, w2, b2 = tensors
-    h = kernels.conv3x3(x, w1, WayIn(relu=True), WayOut(bias=b1, relu=True), pack=not keep)
-    skipped = WayOut(bias=b2, add=(x,)) if skip == "raw" else WayOut(bias=b2, add_relu=(x,))
-    return kernels.conv3x3(h, w2, way_out=skipped, pack=not keep), [h] if keep else []
+    """Result, and for each unit what its convolutions read, but x: of a unit after the first either y or relu(y)."""
+    y = read = tensors[0]
+    ahead = kernels.relu_ahead(y)
+    units = _units(tensors)
+    saved: list[Tensor] = []
+    for i, (w1, b1, w2, b2) in enumerate(units):
+        h = kernels.conv3x3(read, w1, WayIn(relu=not (ahead and i > 0)), WayOut(bias=b1, relu=True), pack=not keep)
+        saved += [h] if i == 0 else [read, h]
+        total = WayOut(bias=b2, add=(y,)) if skip == "raw" else WayOut(bias=b2, add_relu=(y,))
+        if ahead and i + 1 < len(units):
+            y, read = kernels.conv3x3_and_relu(h, w2, way_out=total, pack=not keep)
+        else:
+            y = read = kernels.conv3x3(h, w2, way_out=total, pack=not keep)
+    return y, saved if keep else []
 
 
 def _backward(
@@ -66,14 +121,38 @@ def _backward(
     needs: list[bool],
     skip: str,
 ) -> Tensors:
+    """The units from the last to the first, as far back as a gradient is wanted."""
+    reads, hs = [tensors[0], *saved[1::2]], saved[0::2]
+    ahead = kernels.relu_ahead(gy)
+    grads: Tensors = []
+    for i, unit in reversed(list(enumerate(_units(tensors)))):
+        need = needs[1 + 4 * i : 5 + 4 * i]
+        before = any(needs[: 1 + 4 * i])
+        way_in = WayIn(relu=not (ahead and i > 0))
+        gy, *own = _unit_backward(kernels, gy, reads[i], hs[i], unit, [before, *need], skip, way_in)
+        grads = [*own, *grads]
+        if not before:
+            return [*[None] * (1 + 4 * i), *grads]
+    return [gy, *grads]
+
+
+def _unit_backward(
+    kernels: Backend,
+    gy: Tensor,  # (N, C, H, W)
+    x: Tensor,  # (N, C, H, W), or its ReLU: then way_in has none
+    h: Tensor,  # (N, M, H, W)
+    unit: Unit,
+    needs: list[bool],
+    skip: str,
+    way_in: WayIn,
+) -> Tensors:
     r"""``gh = select(conv2^T(gy), h > 0)``; ``gx = gy + select(conv1^T(gh), x > 0)``, ReLU'd skip: all selected."""
-    x, w1, b1, w2, b2 = tensors
-    (h,) = saved
+    w1, b1, w2, b2 = unit
     need_x, need_w1, need_b1, need_w2, need_b2 = needs
     gx = gw1 = gb1 = None
     if need_x or need_w1 or need_b1:
         gh = kernels.conv3x3_input_grad(gy, w2, WayOut(select=h))
-        gw1 = kernels.conv3x3_weight_grad(x, gh, w1, WayIn(relu=True)) if need_w1 else None
+        gw1 = kernels.conv3x3_weight_grad(x, gh, w1, way_in) if need_w1 else None
         gb1 = kernels.bias_grad(gh, b1) if need_b1 else None
         if need_x and skip == "raw":
             gx = kernels.conv3x3_input_grad(gh, w1, WayOut(select=x, add=(gy,)))
@@ -85,9 +164,13 @@ def _backward(
 
 
 def _fake(tensors: Tensors, skip: str) -> tuple[Tensor, list[Tensor]]:
-    x, w1, *_ = tensors
+    x = tensors[0]
     n, _, height, width = x.shape
-    return empty_nhwc(x, x.shape), [empty_nhwc(x, (n, w1.shape[0], height, width))]
+    saved: list[Tensor] = []
+    for i, (w1, *_) in enumerate(_units(tensors)):
+        h = empty_nhwc(x, (n, w1.shape[0], height, width))
+        saved += [h] if i == 0 else [empty_nhwc(x, x.shape), h]
+    return empty_nhwc(x, x.shape), saved
 
 
 _RCU = HotPath("rcu", "str skip", forward=_forward, backward=_backward, fake=_fake, images=lambda tensors: 1)
