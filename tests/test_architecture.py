@@ -53,8 +53,16 @@ def test_every_file_that_the_page_names_exists():
 def test_the_page_names_every_module_of_the_layers_and_every_kernel():
     text = PAGE.read_text()
     public = [f for name, f in modules().items() if f.name != "__init__.py" and not f.name.startswith("_")]
-    below = {"layout.py", "native.py", "winograd.py", "packed.py", "testing.py"}  # helpers of the files it names
+    below = {
+        "layout.py",
+        "checked.py",
+        "native.py",
+        "winograd.py",
+        "packed.py",
+        "testing.py",
+    }  # helpers of the files it names
     kernels = [f for suffix in ("cpu/*.cpp", "cuda/*.cu") for f in (ROOT / "csrc").glob(suffix)]
+    kernels += [f for f in (ROOT / "kernels").glob("*.py") if f.name != "__init__.py"]
     helpers = {"dispatch.cpp", "content_hash.cpp", "runtime.cu"}
     for file in [*(f for f in public if f.name not in below), *(f for f in kernels if f.name not in helpers)]:
         assert f"{file.name})" in text, f"docs/architecture.md does not name {file.relative_to(ROOT)}"

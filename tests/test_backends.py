@@ -11,7 +11,7 @@ from common import Log, run_python
 from refinenet_fast import backends, list_backends, ops, use_backend
 from refinenet_fast.testing import Data, crp_call
 
-NAMES = ["reference", "cpu", "cuda"]
+NAMES = ["reference", "cpu", "triton", "cuda"]
 
 
 def running(dtype: torch.dtype = torch.float32, device: str = "cpu") -> str:
@@ -91,12 +91,12 @@ def test_one_block_within_itself():
 @pytest.mark.parametrize("name", ["gpu", "", "CPU", None, 3])
 def test_an_unknown_backend_is_answered_with_the_known_ones(name):
     for function in (use_backend, backends.get):
-        with pytest.raises(ValueError, match="reference, cpu, cuda") as error:
+        with pytest.raises(ValueError, match="reference, cpu, triton, cuda") as error:
             function(name)
         assert repr(name) in str(error.value)
     x, w, *_ = crp_call((1, 2, 3, 3), Data(), stages=1).tensors
     if isinstance(name, str):
-        with pytest.raises(ValueError, match="reference, cpu, cuda"):
+        with pytest.raises(ValueError, match="reference, cpu, triton, cuda"):
             torch.ops.refinenet_fast.crp([x, w, None], "pool-conv", name)
 
 
@@ -139,7 +139,7 @@ def test_the_environment_forces_a_backend_that_cannot_run():
 def test_an_unknown_backend_in_the_environment():
     done = run_python("import refinenet_fast", REFINENET_FAST_BACKEND="fastest")
     assert done.returncode == 1
-    assert "REFINENET_FAST_BACKEND: expected one of auto, reference, cpu, cuda, got 'fastest'" in done.stderr
+    assert "REFINENET_FAST_BACKEND: expected one of auto, reference, cpu, triton, cuda, got 'fastest'" in done.stderr
 
 
 def test_shapes_can_be_asked_for_without_memory():

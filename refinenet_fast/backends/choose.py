@@ -14,10 +14,11 @@ from refinenet_fast.backends.base import Backend
 from refinenet_fast.backends.cpu import Cpu
 from refinenet_fast.backends.cuda import Cuda
 from refinenet_fast.backends.reference import Reference
+from refinenet_fast.backends.triton import Triton
 
-_BACKENDS: dict[str, Backend] = {b.name: b for b in (Reference(), Cpu(), Cuda())}
+_BACKENDS: dict[str, Backend] = {b.name: b for b in (Reference(), Cpu(), Triton(), Cuda())}
 # What `auto` tries on each device type, best first; `reference` follows, since it runs everything.
-_PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("cuda",)}
+_PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 
 
 def known_backends() -> Iterator[str]:
@@ -60,7 +61,7 @@ def list_backends() -> list[BackendInfo]:
         reason = backend.unavailable()
         note = reason
         if reason is None and not backend.proven:
-            note = "unproven: compiled, but never executed on its device; `auto` does not pick it"
+            note = "unproven: never executed on its device; `auto` does not pick it"
         rows.append(BackendInfo(backend.name, reason is None, note, backend.proven))
     return rows
 

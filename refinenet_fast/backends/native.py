@@ -3,44 +3,21 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from refinenet_fast._native import DTYPES, pointer
-from refinenet_fast.backends.base import VendorConv
-from refinenet_fast.layout import empty_nhwc, nhwc
+from refinenet_fast.backends.checked import Checked, match
+from refinenet_fast.layout import empty_nhwc
 
 
-class Native(VendorConv):
-    """``maxpool5`` and ``bilinear`` from the compiled core; the convolution is the vendor's unless overridden."""
-
-    device_type: ClassVar[str]
-    dtypes: ClassVar[tuple[torch.dtype, ...]]
+class Native(Checked):
+    """``maxpool5`` and ``bilinear`` from the compiled core."""
 
     @abstractmethod
     def _call(self, function: str, like: Tensor, *arguments: object) -> None:
         """Run ``_C.<name>_<function>`` on the device, stream and threads that ``like`` asks for."""
-
-    def can_run(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        reason = self.unavailable()
-        if reason is not None:
-            return reason
-        if device.type != self.device_type:
-            return f"needs tensors on device type {self.device_type!r}, got {device.type!r}"
-        if dtype not in self.dtypes:
-            known = ", ".join(str(d).removeprefix("torch.") for d in self.dtypes)
-            return f"needs one of {known}, got {str(dtype).removeprefix('torch.')}"
-        return None
-
-    def _take(self, t: Tensor, argument: str) -> Tensor:
-        """``t`` in NHWC memory, if this backend runs it: below here it is an address."""
-        reason = self.can_run(t.device, t.dtype)
-        if reason is not None:
-            raise RuntimeError(f"{argument}: backend {self.name!r} cannot run this: {reason}")
-        return nhwc(t)
 
     def maxpool5(self, x: Tensor, relu: bool = False, argmax: bool = False) -> tuple[Tensor, Tensor | None]:
         x = self._take(x, "x")
@@ -85,14 +62,6 @@ class Native(VendorConv):
             "bilinear_backward", gy, *buffers, *_pixels(gx), gy.shape[2], gy.shape[3], DTYPES[gy.dtype], align_corners
         )
         return gx
-
-
-def match(t: Tensor, argument: str, like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """``t`` in NHWC memory, if it has that shape and dtype on the device of ``like``."""
-    if tuple(t.shape) != tuple(shape) or t.dtype != dtype or t.device != like.device:
-        expected, got = f"{tuple(shape)} {dtype} on {like.device}", f"{tuple(t.shape)} {t.dtype} on {t.device}"
-        raise ValueError(f"{argument}: expected {expected}, got {got}")
-    return nhwc(t)
 
 
 def _pixels(x: Tensor) -> tuple[int, int, int, int]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from refinenet_fast import _native
 from refinenet_fast._native import pointer
 from refinenet_fast.backends.base import Fused, WayIn, WayOut
-from refinenet_fast.backends.native import match
+from refinenet_fast.backends.checked import match
 from refinenet_fast.backends.packed import PackedWeights
 from refinenet_fast.layout import empty_nhwc, nhwc
 

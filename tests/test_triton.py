@@ -1,0 +1,164 @@
+"""The Triton backend against float64: pool and resampling, whole hot paths, the interpreter, what it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from common import run_python
+from emulator import Schedule
+from emulator.triton_backend import EmulatedTriton
+from refinenet_fast import backends, testing
+from refinenet_fast.backends import choose
+from refinenet_fast.testing import Data
+
+pytest.importorskip("triton")
+SHAPES = [(1, 1, 1, 1), (2, 3, 1, 7), (1, 16, 7, 5), (1, 5, 18, 3), (1, 72, 3, 9), (0, 4, 5, 5)]
+
+
+@pytest.fixture(autouse=True)
+def exact(monkeypatch):
+    """Float32 as float32, not as TF32."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+def check(kernels, shape, data):
+    rows = testing.check_pool_and_bilinear(kernels, shape, data)
+    for op, direction, error, limit in rows:
+        assert error <= limit, f"{op} {direction}: error {error:.3g}, limit {limit:.3g}"
+
+
+@pytest.mark.parametrize(
+    "shape, dtype",
+    [*((shape, torch.float32) for shape in SHAPES), *((SHAPES[2], dtype) for dtype in EmulatedTriton.dtypes[1:])],
+    ids=str,
+)
+def test_pool_and_bilinear(shape, dtype):
+    check(EmulatedTriton(), shape, Data(dtype))
+
+
+@pytest.mark.parametrize("capability", [90, 100])
+def test_pool_and_bilinear_on_other_architectures(capability):
+    check(EmulatedTriton(capability), (1, 4, 5, 6), Data())
+
+
+@pytest.mark.parametrize("dtype", EmulatedTriton.dtypes, ids=str)
+def test_pool_and_bilinear_in_warps(dtype):
+    check(EmulatedTriton(schedule=Schedule(32, 1)), (1, 16, 3, 5), Data(dtype))
+
+
+@pytest.mark.parametrize("number", range(len(testing.some_calls((1, 1, 1, 1), Data()))))
+@pytest.mark.parametrize("capability, dtype", [(80, torch.float16), (90, torch.bfloat16)], ids=str)
+def test_hot_paths(capability, dtype, number, monkeypatch):
+    """The ops, forward and backward, on this backend."""
+    kernels = EmulatedTriton(capability)
+    monkeypatch.setitem(choose._BACKENDS, kernels.name, kernels)
+    call = testing.some_calls((1, 16, 6, 5), Data(dtype))[number]
+    for op, direction, error, limit in testing.check_call(call, kernels.name):
+        assert error <= limit, f"{op} {direction}: error {error:.3g}, limit {limit:.3g}"
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_the_relu_ahead_is_what_backward_keeps(capability, monkeypatch):
+    kernels = EmulatedTriton(capability)
+    monkeypatch.setitem(choose._BACKENDS, kernels.name, kernels)
+    _, (_, read, _) = testing.rcu_call((1, 8, 3, 4), Data(torch.float16), units=2).train(kernels.name)
+    assert (read.min() >= 0) == (capability == 90)
+
+
+def test_non_finite_values_are_pytorchs():
+    x = Data()(1, 8, 9, 7)
+    x[0, :, 2, 3], x[0, 1, 7], x[0, 5, :, 0] = torch.nan, torch.inf, -torch.inf
+    for relu in (True, False):
+        value, argmax = EmulatedTriton().maxpool5(x, relu=relu, argmax=True)
+        want, which = backends.get("reference").maxpool5(x, relu=relu, argmax=True)
+        torch.testing.assert_close(value, want, rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(argmax, which)
+        assert torch.equal(EmulatedTriton().maxpool5(x, relu=relu)[0].isnan(), want.isnan())
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_convolutions_relus_and_masks_keep_nan(capability, dtype):
+    """On the way in, on the way out, in what is added, selected by and written ahead: as in PyTorch."""
+    x, gate = torch.ones(1, 16, 5, 9, dtype=dtype), -torch.ones(1, 16, 5, 9, dtype=dtype)
+    weight = torch.zeros(16, 16, 1, 1, dtype=dtype)
+    x[0, 3, 2, 4], gate[0, 5, 1, 1], gate[0, 6, 1, 2] = torch.nan, torch.nan, 1
+    way_out = backends.WayOut(relu=True, select=gate, add_relu=(gate,))
+    y, relued = EmulatedTriton(capability).conv3x3_and_relu(x, weight, backends.WayIn(relu=True), way_out)
+    want = backends.get("reference").conv3x3(x, weight, backends.WayIn(relu=True), way_out)
+    assert want.isnan().sum() == 1 and torch.equal(y.isnan(), want.isnan()) and torch.equal(relued.isnan(), y.isnan())
+    y = EmulatedTriton(capability).conv3x3(x, weight, backends.WayIn(relu=True), backends.WayOut(relu=True))
+    assert torch.equal(y.isnan(), x.isnan().any(1, keepdim=True).expand_as(y))
+
+
+def test_bilinear_to_far_sizes():
+    """Indices and weights come from integers: far sizes and both corners, against the reference."""
+    x = Data()(1, 4, 3, 11)
+    for size in ((1, 1), (5, 2), (9, 40)):
+        for corners in (True, False):
+            y = EmulatedTriton().bilinear(x, size, corners)
+            want = backends.get("reference").bilinear(x.double(), size, corners)
+            assert testing.relative_l2(y, want) <= 1e-6
+
+
+INTERPRET = """
+import itertools
+import sys
+
+import torch
+from refinenet_fast import backends, testing
+from refinenet_fast.backends.configurations import Configuration
+from refinenet_fast.backends.triton import Triton
+from refinenet_fast.testing import Data
+from triton_cases import WAYS, check_conv, check_grads
+
+kernels = backends.get("triton")
+assert kernels.can_run(torch.device("cpu"), torch.float32) is None
+
+def say(what, error, limit):
+    print(what, error, limit, error <= limit)
+
+class Configured(Triton):
+    def __init__(self, configuration):
+        self.configuration = configuration
+
+    def _configuration(self, kernel, device, problem):
+        return self.configuration
+
+routes = [
+    Configuration(True, 1, 16, 16, 16, warps=4, stages=3, splits=2),
+    Configuration(True, 4, 8, 32, 16, warps=4, stages=3),
+    Configuration(False, 1, 32, 16, 32, warps=4, stages=3),
+    Configuration(False, 1, 16, 32, 16, warps=4, stages=3, splits=3),
+]
+dtype = getattr(torch, sys.argv[1])
+for op, direction, error, limit in testing.check_kernels(kernels, (1, 20, 7, 5), Data(dtype)):
+    say((op, direction), error, limit)
+for configuration, (shape, k) in itertools.product(routes, [((1, 8, 1, 1), 8), ((2, 24, 5, 3), 16)]):
+    given = Configured(configuration)
+    for way in WAYS:
+        say((way, configuration, shape), *check_conv(given, shape, k, dtype, way))
+    for taps in (1, 9):
+        say(("grads", configuration), *check_grads(given, shape, k, dtype, taps))
+    say(("input", configuration), *check_conv(given, shape, k, dtype, "gradient", rotated=True))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_interpreted(dtype):
+    """In a process of its own: what the interpreter has touched cannot be compiled."""
+    done = run_python(INTERPRET, dtype, TRITON_INTERPRET="1", PYTHONPATH=str(Path(__file__).parent))
+    rows = done.stdout.strip().split("\n")
+    assert done.returncode == 0 and len(rows) > 80, done.stderr
+    assert [row for row in rows if not row.endswith("True")] == []
+
+
+def test_why_it_cannot_run_here(monkeypatch):
+    kernels = backends.get("triton")
+    if not torch.cuda.is_available():
+        assert kernels.can_run(torch.device("cpu"), torch.float32) == "no CUDA device is available"
+    assert not kernels.proven

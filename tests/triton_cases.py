@@ -1,0 +1,114 @@
+"""One convolution of the Triton backend, or one weight gradient, against float64: wherever its kernels run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from refinenet_fast.backends import WayIn, WayOut
+from refinenet_fast.backends.triton import Triton
+from refinenet_fast.testing import Data, compare, conv, poisoned, relative_l2, resize
+
+# name: (ReLU in, steps of the way out: how many of those that are tensors)
+WAYS: dict[str, tuple[bool, dict[str, int]]] = {
+    "plain": (False, {}),
+    "first of an rcu": (True, {"bias": 1, "relu": 1}),
+    "second of an rcu": (False, {"add": 1}),
+    "gradient": (False, {"select": 1, "add": 1}),
+    "end of a chain": (False, {"add": 3, "add_relu": 1}),
+    "fusion": (False, {"low": 1, "corners": 1}),
+    "everything": (True, {"bias": 1, "relu": 1, "select": 1, "add": 2, "add_relu": 1, "low": 1}),
+}
+
+
+class Steps:
+    """The tensors of a way, made for an output of one shape."""
+
+    def __init__(self, way: str, shape: Sequence[int], data: Data) -> None:  # shape: (N, K, H, W)
+        self.relu_in, self.named = WAYS[way]
+        n, k, h, w = shape
+        make = {
+            "bias": lambda salt: data(k, salt=salt),
+            "low": lambda salt: data(n, k, (h + 1) // 2, (w + 2) // 3, salt=salt),
+        }
+        self.counts = {name: self.named.get(name, 0) for name in ("bias", "select", "add", "add_relu", "low")}
+        salts = iter(range(100, 200))
+        self.tensors = [
+            make.get(name, lambda salt: data(*shape, salt=salt))(next(salts))
+            for name, count in self.counts.items()
+            for _ in range(count)
+        ]
+
+    def of(self, tensors: Sequence[Tensor]) -> dict[str, list[Tensor]]:
+        rest = iter(tensors)
+        return {name: [next(rest) for _ in range(count)] for name, count in self.counts.items()}
+
+    def way_out(self) -> WayOut:
+        own = self.of(self.tensors)
+        first = {name: found[0] if found else None for name, found in own.items()}
+        relu, corners = bool(self.named.get("relu")), bool(self.named.get("corners"))
+        adds = tuple(own["add"]), tuple(own["add_relu"])
+        return WayOut(first["bias"], relu, first["select"], *adds, first["low"], corners)
+
+    def plain(self, x: Tensor, weight: Tensor, *tensors: Tensor) -> Tensor:
+        own = self.of(tensors)
+        y = conv(x.relu() if self.relu_in else x, weight, *own["bias"])
+        y = y.relu() if self.named.get("relu") else y
+        for mask in own["select"]:
+            y = torch.where(mask > 0, y, 0)
+        for t in own["add"]:
+            y = y + t
+        for t in own["add_relu"]:
+            y = y + t.relu()
+        for t in own["low"]:
+            y = y + resize(t, y.shape[2:], bool(self.named.get("corners")))
+        return y
+
+
+def tf32(t: Tensor) -> Tensor:
+    """As tensor cores read float32: without the last 13 bits."""
+    return (t.view(torch.int32) & -(1 << 13)).view(torch.float32)
+
+
+def check_conv(
+    kernels: Triton, shape: Sequence[int], k: int, dtype: torch.dtype, way: str, taps: int = 9, rotated: bool = False
+) -> tuple[float, float]:
+    """Error and limit, the worse of the result's and of its ReLU's."""
+    n, c, h, w = shape
+    data, size = Data(dtype), 3 if taps == 9 else 1
+    x, weight = data(*shape), data.weight(k, c, size, salt=1)
+    steps = Steps(way, (n, k, h, w), data)
+    if rotated:
+        turned = weight.flip(2, 3).transpose(0, 1).contiguous()
+        with poisoned():
+            got = [kernels.conv3x3_input_grad(x, turned, steps.way_out())]
+        return compare(got, steps.plain, [x, weight, *steps.tensors])
+    with poisoned():
+        y, relued = kernels.conv3x3_and_relu(x, weight, WayIn(steps.relu_in), steps.way_out())
+    assert torch.equal(relued, y.relu())
+    return compare([y], steps.plain, [x, weight, *steps.tensors])
+
+
+def check_grads(
+    kernels: Triton, shape: Sequence[int], k: int, dtype: torch.dtype, taps: int = 9, contiguous: bool = False
+) -> tuple[float, float]:
+    """Error and limit, the worse of the weight's and of the bias's gradient."""
+    n, c, h, w = shape
+    data, size = Data(dtype), 3 if taps == 9 else 1
+    x, gy, weight, bias = data(*shape), data(n, k, h, w, salt=1), data.weight(k, c, size, salt=2), data(k, salt=3)
+    weight = weight.contiguous() if contiguous else weight
+    with poisoned():
+        gw, gb = kernels.conv3x3_weight_grad(x, gy, weight, WayIn(relu=True)), kernels.bias_grad(gy, bias)
+    assert gw.stride() == weight.stride() and gw.dtype == weight.dtype
+    return compare([gw, gb], lambda w, b: conv(x.to(w.dtype).relu(), w, b), [weight, bias], gy)
+
+
+def tf32_errors(kernels: Triton, shape: Sequence[int], k: int) -> tuple[float, float]:
+    """Of a float32 convolution with TF32 allowed: its error, and that of exact products of what tensor cores read."""
+    data = Data()
+    x, weight = data(*shape), data.weight(k, shape[1], 3, salt=1)
+    want = conv(x.double(), weight.double())
+    y = kernels.conv3x3(x, weight)
+    return relative_l2(y, want), relative_l2(conv(tf32(x).double(), tf32(weight).double()), want)
