@@ -17,12 +17,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from refinenet_fast.kernels.bilinear import taps
+from refinenet_fast.kernels.maxpool5 import maximum
 
 
 @triton.jit
 def relu(x):
-    """In the type of ``x`` (Triton 3.6 promotes bfloat16 here); NaN stays."""
-    return tl.maximum(x, tl.zeros_like(x), propagate_nan=tl.PropagateNan.ALL).to(x.dtype)
+    """In the type of ``x``; NaN stays."""
+    return maximum(x, tl.zeros_like(x))
 
 
 @triton.jit
@@ -103,6 +104,17 @@ def place(tile, N, H, W, DESCRIBED: tl.constexpr, TH: tl.constexpr, TW: tl.const
 def halves(total):
     """(BM, BN) as its left and right half."""
     return tl.split(total.reshape(total.shape[0], 2, total.shape[1] // 2).permute(0, 2, 1))
+
+
+@triton.jit
+def sliced(total, SLICES: tl.constexpr):
+    """(BM, BN) as a tuple of 1, 2 or 4 parts of its columns: for the way out, which then needs less at once."""
+    parts = (total,)
+    if SLICES >= 2:
+        parts = halves(total)
+    if SLICES == 4:
+        parts = halves(parts[0]) + halves(parts[1])
+    return parts
 
 
 @triton.jit
@@ -238,11 +250,7 @@ def conv3x3(
         )  # fmt: skip
     images, row, column, live = place(tile, N, H, W, DESCRIBED, TH, TW)
     WIDTH: tl.constexpr = BN // SLICES
-    parts = (total,)
-    if SLICES >= 2:
-        parts = halves(total)
-    if SLICES == 4:
-        parts = halves(parts[0]) + halves(parts[1])
+    parts = sliced(total, SLICES)
     for slice in tl.static_range(SLICES):
         outs = out + slice * WIDTH + tl.arange(0, WIDTH)
         if SPLITS > 1:

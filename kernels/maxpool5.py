@@ -11,6 +11,32 @@ import triton.language as tl
 
 
 @triton.jit
+def maximum(a, b):
+    """In their type (Triton 3.6 promotes bfloat16 here); NaN wins."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL).to(a.dtype)
+
+
+@triton.jit
+def row_maximum(x, row, columns, channels, H, W, C, INDEX: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr):
+    """(BW, BC), in x's type: maxima of one row of x (H, W, C) over columns - 2 ... columns + 2; -inf outside."""
+    best = tl.full([BW, BC], float("-inf"), x.dtype.element_ty)
+    row = columns * 0 + row  # the interpreter's loops count in Python's integers
+    for tap in tl.static_range(5):
+        column = columns + tap - 2
+        inside = (row >= 0) & (row < H) & (column >= 0) & (column < W)
+        at = (row * W + column).to(INDEX)[:, None] * C + channels[None, :]
+        value = tl.load(x + at, mask=inside[:, None] & (channels < C)[None, :], other=float("-inf"))
+        best = maximum(best, value)
+    return best
+
+
+@triton.jit
+def column_maximum(r0, r1, r2, r3, r4):
+    """Of five row maxima."""
+    return maximum(maximum(maximum(r0, r1), maximum(r2, r3)), r4)
+
+
+@triton.jit
 def _row_max(x, row, columns, channels, H, W, C, RELU: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr):
     """(value, dx), (BW, BC) each, of one row of x (H, W, C) over columns - 2 ... columns + 2."""
     best = tl.full([BW, BC], float("-inf"), tl.float32)
@@ -48,7 +74,7 @@ def _column_max(r0, r1, r2, r3, r4, row, H):
 def maxpool5_forward(
     x,  # (N, H, W, C)
     y,  # (N, H, W, C)
-    argmax,  # (N, H, W, C) uint8, or None
+    argmax,  # (N, H, W, C) uint8
     H,
     W,
     C,
@@ -81,8 +107,40 @@ def maxpool5_forward(
         value, dy = _column_max(r0, r1, r2, r3, r4, row, H)
         at = image + (row * W + columns).to(tl.int64)[:, None] * C + channels[None, :]
         tl.store(y + at, value.to(y.dtype.element_ty), mask=mask)
-        if argmax is not None:
-            tl.store(argmax + at, (d2 | dy << 3).to(tl.uint8), mask=mask)
+        tl.store(argmax + at, (d2 | dy << 3).to(tl.uint8), mask=mask)
+
+
+@triton.jit
+def maxpool5_inference(
+    x,  # (N, H, W, C)
+    y,  # (N, H, W, C)
+    H,
+    W,
+    C,
+    RELU: tl.constexpr,
+    STRIP: tl.constexpr,
+    BW: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """Without argmax; otherwise as :func:`maxpool5_forward`. ReLU and maxima change places."""
+    blocks = tl.cdiv(C, BC)
+    columns = tl.program_id(0) // blocks * BW + tl.arange(0, BW)
+    channels = tl.program_id(0) % blocks * BC + tl.arange(0, BC)
+    begin = (tl.num_programs(1) - 1 - tl.program_id(1)) * STRIP
+    image = (tl.num_programs(2) - 1 - tl.program_id(2)).to(tl.int64) * H * W * C
+    mask = (columns < W)[:, None] & (channels < C)[None, :]
+    r1 = row_maximum(x + image, begin - 2, columns, channels, H, W, C, tl.int64, BW, BC)
+    r2 = row_maximum(x + image, begin - 1, columns, channels, H, W, C, tl.int64, BW, BC)
+    r3 = row_maximum(x + image, begin, columns, channels, H, W, C, tl.int64, BW, BC)
+    r4 = row_maximum(x + image, begin + 1, columns, channels, H, W, C, tl.int64, BW, BC)
+    for row in range(begin, tl.minimum(begin + STRIP, H)):
+        r0, r1, r2, r3 = r1, r2, r3, r4
+        r4 = row_maximum(x + image, row + 2, columns, channels, H, W, C, tl.int64, BW, BC)
+        value = column_maximum(r0, r1, r2, r3, r4)
+        if RELU:
+            value = maximum(value, tl.zeros_like(value))
+        at = image + (row * W + columns).to(tl.int64)[:, None] * C + channels[None, :]
+        tl.store(y + at, value, mask=mask)
 
 
 @triton.jit

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from refinenet_fast.backends import WayIn, WayOut
 from refinenet_fast.backends.triton import Triton
-from refinenet_fast.testing import Data, compare, conv, poisoned, relative_l2, resize
+from refinenet_fast.testing import Data, compare, conv, maxpool, poisoned, relative_l2, resize
 
 # name: (ReLU in, steps of the way out: how many of those that are tensors)
 WAYS: dict[str, tuple[bool, dict[str, int]]] = {
@@ -26,8 +26,8 @@ WAYS: dict[str, tuple[bool, dict[str, int]]] = {
 class Steps:
     """The tensors of a way, made for an output of one shape."""
 
-    def __init__(self, way: str, shape: Sequence[int], data: Data) -> None:  # shape: (N, K, H, W)
-        self.relu_in, self.named = WAYS[way]
+    def __init__(self, way: str, shape: Sequence[int], data: Data, pool: bool = False) -> None:  # shape: (N, K, H, W)
+        (self.relu_in, self.named), self.pool = WAYS[way], pool
         n, k, h, w = shape
         make = {
             "bias": lambda salt: data(k, salt=salt),
@@ -54,7 +54,8 @@ class Steps:
 
     def plain(self, x: Tensor, weight: Tensor, *tensors: Tensor) -> Tensor:
         own = self.of(tensors)
-        y = conv(x.relu() if self.relu_in else x, weight, *own["bias"])
+        x = x.relu() if self.relu_in else x
+        y = conv(maxpool(x) if self.pool else x, weight, *own["bias"])
         y = y.relu() if self.named.get("relu") else y
         for mask in own["select"]:
             y = torch.where(mask > 0, y, 0)
@@ -73,20 +74,27 @@ def tf32(t: Tensor) -> Tensor:
 
 
 def check_conv(
-    kernels: Triton, shape: Sequence[int], k: int, dtype: torch.dtype, way: str, taps: int = 9, rotated: bool = False
+    kernels: Triton,
+    shape: Sequence[int],
+    k: int,
+    dtype: torch.dtype,
+    way: str,
+    taps: int = 9,
+    rotated: bool = False,
+    pool: bool = False,
 ) -> tuple[float, float]:
-    """Error and limit, the worse of the result's and of its ReLU's."""
+    """Error and limit, of a result whose ReLU is written too; of the input gradient where ``rotated``."""
     n, c, h, w = shape
     data, size = Data(dtype), 3 if taps == 9 else 1
     x, weight = data(*shape), data.weight(k, c, size, salt=1)
-    steps = Steps(way, (n, k, h, w), data)
+    steps = Steps(way, (n, k, h, w), data, pool)
     if rotated:
         turned = weight.flip(2, 3).transpose(0, 1).contiguous()
         with poisoned():
             got = [kernels.conv3x3_input_grad(x, turned, steps.way_out())]
         return compare(got, steps.plain, [x, weight, *steps.tensors])
     with poisoned():
-        y, relued = kernels.conv3x3_and_relu(x, weight, WayIn(steps.relu_in), steps.way_out())
+        y, relued = kernels.conv3x3_and_relu(x, weight, WayIn(steps.relu_in, pool), steps.way_out())
     assert torch.equal(relued, y.relu())
     return compare([y], steps.plain, [x, weight, *steps.tensors])
 
