@@ -26,6 +26,7 @@ SECTIONS = {
     "conv3x3": "bench_conv3x3.py",
     "maxpool5": "bench_maxpool5.py",
     "bilinear": "bench_bilinear.py",
+    "overhead": "bench_overhead.py",
     "model": "bench_model.py",
 }
 
@@ -50,9 +51,9 @@ def command(name, args, result):
     options_ = ["--device", args.device, "--allocator", args.allocator, "--json", str(result)]
     if args.threads:
         options_ += ["--threads", str(args.threads)]
-    if args.seconds and name != "correctness":
+    if args.seconds and name not in ("correctness", "overhead"):
         options_ += ["--seconds", str(args.seconds)]
-    if name not in ("correctness", "ceilings"):
+    if name not in ("correctness", "ceilings", "overhead"):
         options_ += args.handed_on
     return [sys.executable, str(HERE / SECTIONS[name]), *options_]
 
