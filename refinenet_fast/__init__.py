@@ -7,6 +7,7 @@ from refinenet_fast._native import build_info
 from refinenet_fast.backends import list_backends, use_backend
 from refinenet_fast.blocks import ChainedResidualPooling, MultiResolutionFusion, RefineNetBlock, ResidualConvUnit
 from refinenet_fast.model import RefineNet
+from refinenet_fast.tuning import tune
 
 try:
     __version__ = version("refinenet_fast")
@@ -22,5 +23,6 @@ __all__ = [
     "build_info",
     "list_backends",
     "ops",
+    "tune",
     "use_backend",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 from common import run_python
 from emulator import Schedule
 from emulator.triton_backend import EmulatedTriton
-from refinenet_fast import backends, testing
+from refinenet_fast import backends, ops, testing
 from refinenet_fast.backends import choose
 from refinenet_fast.testing import Data
 
@@ -109,7 +111,7 @@ import itertools
 import sys
 
 import torch
-from refinenet_fast import backends, testing
+from refinenet_fast import backends, ops, testing
 from refinenet_fast.backends.configurations import Configuration
 from refinenet_fast.backends.triton import Triton
 from refinenet_fast.testing import Data
@@ -125,7 +127,7 @@ class Configured(Triton):
     def __init__(self, configuration):
         self.configuration = configuration
 
-    def _configuration(self, kernel, device, problem):
+    def _configuration(self, kernel, device, dtype, problem):
         return self.configuration
 
 routes = [
@@ -158,7 +160,32 @@ def test_interpreted(dtype):
 
 
 def test_why_it_cannot_run_here(monkeypatch):
-    kernels = backends.get("triton")
+    """`list_backends` gives the reason, `auto` goes on without it, forcing it raises."""
+    kernels, device = backends.get("triton"), torch.device("cuda:0")
+
+    def reason():
+        (info,) = (info for info in backends.list_backends() if info.name == "triton")
+        assert info.available == (info.reason is None or info.reason.startswith("unproven"))
+        return info.reason
+
+    def refused(match):
+        with backends.use_backend("triton"), pytest.raises(RuntimeError, match=f"rcu: .*'triton' is forced.*{match}"):
+            ops.rcu(torch.ones(1, 2, 3, 3), torch.ones(2, 2, 3, 3), None, torch.ones(2, 2, 3, 3))
+
     if not torch.cuda.is_available():
-        assert kernels.can_run(torch.device("cpu"), torch.float32) == "no CUDA device is available"
-    assert not kernels.proven
+        assert reason() == "no CUDA device is available"
+        refused("no CUDA device is available")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    assert kernels.can_run(device, torch.float16) == "needs sm_80 or newer, and cuda:0 is sm_75"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+    assert kernels.can_run(device, torch.float16) is None
+    assert kernels.can_run(device, torch.float64) == "needs one of float32, float16, bfloat16, got float64"
+    assert kernels.can_run(torch.device("cpu"), torch.float32) == "needs tensors on device type 'cuda', got 'cpu'"
+    refused("needs tensors on device type 'cuda'")
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "3.5.1")
+    assert reason() == "needs Triton 3.6 or newer, got 3.5.1"
+    refused("needs Triton 3.6 or newer")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert reason() == "Triton is not installed"
+    assert choose._resolve("rcu", "auto", "cuda", 0, torch.float64) == "reference"

@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from refinenet_fast.backends.table import Choice, Shape
 from refinenet_fast.layout import empty_nhwc, nhwc
 
 
@@ -79,6 +81,16 @@ class Backend(ABC):
     @abstractmethod
     def can_run(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """None if tensors of this device and dtype can be run, else the reason they cannot."""
+
+    def trials(
+        self,
+        kernel: str,
+        dtype: str,
+        shape: Shape,
+        device: torch.device,
+    ) -> list[tuple[Choice, Callable[[], object]]]:
+        """What may run one of its convolutions, ready to be timed: choices of the tables; none where it asks none."""
+        return []
 
     # -- convolution ----------------------------------------------------------------------------------------------
 

@@ -29,6 +29,11 @@ class Architecture:
     shared: int
 
     @property
+    def family(self) -> str:
+        """Of the tables."""
+        return f"sm_{self.capability}"
+
+    @property
     def has_descriptors(self) -> bool:
         """Whether boxes of a tensor are copied in bulk (TMA)."""
         return self.capability >= 90
@@ -91,24 +96,36 @@ class Problem:
         return self.n * self.h * self.w
 
     @property
-    def describable(self) -> bool:
-        """Whether tensor maps can be made of x and the weights: their strides are multiples of 16 bytes."""
-        return self.c * self.size % 16 == 0
+    def shape(self) -> tuple[int, int, int, int, int, int]:
+        """As tables have it."""
+        return self.n, self.h, self.w, self.c, self.k, self.taps
 
 
-def choose(kernel: str, architecture: Architecture, problem: Problem, described: bool | None = None) -> Configuration:
-    """The configuration of least expected time.
+@functools.lru_cache(maxsize=4096)
+def choose(kernel: str, architecture: Architecture, problem: Problem) -> Configuration:
+    """The configuration of least expected time, over descriptors where there are some.
 
     Args:
         kernel: ``"conv3x3"`` or ``"weight_grad"``.
-        described: Only those over descriptors, or only those over pointers; None: what the architecture has.
     """
-    if described is None:
-        describable = problem.describable and (kernel == "conv3x3" or problem.k * problem.size % 16 == 0)
-        described = architecture.has_descriptors and describable
-    return min(
-        candidates(kernel, architecture, problem, described), key=lambda c: cost(kernel, architecture, problem, c)
-    )
+    described = architecture.has_descriptors and describable(kernel, problem)
+    known = candidates(kernel, architecture, problem, described)
+    return min(known, key=lambda configuration: cost(kernel, architecture, problem, configuration))
+
+
+def describable(kernel: str, problem: Problem) -> bool:
+    """Whether tensor maps can be made of what it reads: strides are multiples of 16 bytes."""
+    return all(c * problem.size % 16 == 0 for c in ([problem.c] if kernel == "conv3x3" else [problem.c, problem.k]))
+
+
+def fitted(
+    kernel: str, architecture: Architecture, problem: Problem, configuration: Configuration
+) -> Configuration | None:
+    """A configuration that was found best for another problem, cut to this one; None where it cannot run it."""
+    cut = _cut(kernel, configuration, problem)
+    described = architecture.has_descriptors and describable(kernel, problem)
+    fits = shared_bytes(kernel, cut, problem.size) <= architecture.shared
+    return cut if fits and (described or not cut.described) else None
 
 
 @functools.lru_cache(maxsize=4096)
@@ -161,13 +178,14 @@ def _weight_grads(architecture: Architecture, problem: Problem, described: bool)
 
 
 def _cut(kernel: str, configuration: Configuration, problem: Problem) -> Configuration:
-    """Blocks of channels no larger than the channels, and 16 at least: what a tensor core takes."""
-    outs = min(configuration.outs, _power_of_two(problem.k))
-    channels = min(configuration.channels, _power_of_two(problem.c))
+    """Blocks of channels no larger than need be."""
+    outs = min(configuration.outs, power_of_two(problem.k))
+    channels = min(configuration.channels, power_of_two(problem.c))
     return replace(configuration, outs=outs, channels=channels)
 
 
-def _power_of_two(size: int) -> int:
+def power_of_two(size: int) -> int:
+    """That holds ``size``, 16 at least: what a tensor core takes."""
     return max(16, 1 << max(size - 1, 0).bit_length())
 
 

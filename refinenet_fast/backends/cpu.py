@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,6 +14,7 @@ from refinenet_fast.backends import winograd
 from refinenet_fast.backends.base import PLAIN_IN, PLAIN_OUT, Fused, WayIn, WayOut, fixed_order, split
 from refinenet_fast.backends.native import Native
 from refinenet_fast.backends.packed import PackedWeights
+from refinenet_fast.backends.table import Choice, Shape
 from refinenet_fast.layout import nhwc
 
 ONEDNN_FUSES = Fused(way_out=frozenset({"bias", "add"}))  # not ReLU: oneDNN's turns NaN into 0
@@ -34,6 +37,19 @@ class Cpu(Native):
         assert _native._C is not None
         getattr(_native._C, f"cpu_{function}")(*arguments, torch.get_num_threads())
 
+    def trials(
+        self, kernel: str, dtype: str, shape: Shape, device: torch.device
+    ) -> list[tuple[Choice, Callable[[], object]]]:
+        n, h, w, c, k, taps = shape
+        if taps != 9:
+            return []
+        x, weight, pack = nhwc(torch.randn(n, c, h, w)), torch.randn(k, c, 3, 3), kernel == "conv3x3"
+        kept = self.packed if pack else None
+        return [
+            ("vendor", partial(self._onednn, x, weight, PLAIN_IN, PLAIN_OUT, pack)),
+            ("winograd", partial(winograd.convolve, x, weight, PLAIN_IN, PLAIN_OUT, kept)),
+        ]
+
     def is_winograd(self, x: Tensor, weight: Tensor) -> bool:
         return winograd.pays(x, weight, packed=True)
 
@@ -46,7 +62,7 @@ class Cpu(Native):
         return self._onednn(x, weight, way_in, way_out, pack)
 
     def conv3x3_input_grad(self, gy: Tensor, weight: Tensor, way_out: WayOut = PLAIN_OUT) -> Tensor:
-        if not winograd.pays(gy, weight, packed=False):
+        if not winograd.pays(gy, weight, packed=False, rotated=True):
             return super().conv3x3_input_grad(gy, weight, way_out)
         fused, left = split(way_out, winograd.FUSES.way_out)
         return self.way_out(winograd.convolve(gy, weight, PLAIN_IN, fused, packed=None, rotated=True), left)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from refinenet_fast.backends.base import WayOut
-from refinenet_fast.backends.configurations import Configuration, Problem, programs, slices
+from refinenet_fast.backends.configurations import Configuration, Problem, power_of_two, programs, slices
 
 STRIP = 16  # rows that one program of the pool's forward walks down
 VECTOR = 16  # bytes that a thread loads at once
@@ -109,6 +109,28 @@ def convolution(
         sums = (target, y, *end.pointers, n, h, w, k, *end.sizes)
         launches.append(Launch("conv3x3", "conv3x3_reduce", (blocks,), sums, constants))
     return launches
+
+
+def pool_convolution(
+    x: Tensor,  # (N, C, H, W)
+    packed: Tensor,  # (1, K, C), as pack() makes it
+    y: Tensor,  # (N, K, H, W), written
+    relued: Tensor | None,  # (N, K, H, W), written
+    relu_in: bool,
+    way_out: WayOut,
+    tf32: bool = True,
+) -> Launch:
+    """``y`` = the way out of the 1x1 convolution of the 5x5 max pool of ``x``, in one pass. Nothing is empty."""
+    (n, c, h, w), k = x.shape, packed.shape[1]
+    # Larger tiles do not fit in the registers.
+    columns, outs, channels = min(32, power_of_two(w)), min(256, power_of_two(k)), 64 // x.element_size()
+    end = _Out(y, relued, way_out)
+    constants = {"RELU_IN": relu_in, **end.constants, "PRECISION": precision(tf32)}
+    constants |= {"INDEX": _integers(x.numel(), y.numel()), "BW": columns, "BN": outs, "BC": channels}
+    constants |= {"SLICES": 2 if outs == 256 else 1}
+    grid = (_blocks(w, columns) * _blocks(k, outs), _blocks(h, 2), n)
+    arguments = (x, packed, y, *end.pointers, h, w, c, k, *end.sizes)
+    return Launch("pool_conv1x1", "pool_conv1x1", grid, arguments, constants, warps=8, stages=1)
 
 
 class _Out:
@@ -208,6 +230,8 @@ def pool(
     columns, channels = _tile(x)
     grid = (_blocks(w, columns) * _blocks(c, channels), _blocks(h, STRIP), n)
     constants = {"RELU": relu, "STRIP": STRIP, "BW": columns, "BC": channels}
+    if argmax is None:
+        return Launch("maxpool5", "maxpool5_inference", grid, (x, y, h, w, c), constants)
     return Launch("maxpool5", "maxpool5_forward", grid, (x, y, argmax, h, w, c), constants)
 
 

@@ -6,19 +6,35 @@ import importlib
 import importlib.metadata
 import importlib.util
 import os
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from refinenet_fast.backends import launches
-from refinenet_fast.backends.base import PLAIN_IN, PLAIN_OUT, Fused, WayIn, WayOut
+from refinenet_fast.backends.base import PLAIN_IN, PLAIN_OUT, Fused, VendorConv, WayIn, WayOut
 from refinenet_fast.backends.checked import Checked, match
-from refinenet_fast.backends.configurations import A100, Architecture, Configuration, Problem, architecture_of, choose
+from refinenet_fast.backends.configurations import (
+    A100,
+    Architecture,
+    Configuration,
+    Problem,
+    architecture_of,
+    candidates,
+    choose,
+    describable,
+    fitted,
+)
 from refinenet_fast.backends.launches import Launch
-from refinenet_fast.layout import empty_nhwc
+from refinenet_fast.backends.table import Choice, Question, Shape, lookup
+from refinenet_fast.layout import empty_nhwc, nhwc
 
 OLDEST = (3, 6)  # of Triton
 FUSES = Fused(frozenset({"relu"}), frozenset({"bias", "relu", "select", "add", "add_relu", "upsample"}))
+POOL_TOO = Fused(FUSES.way_in | {"pool"}, FUSES.way_out)
+POOLED_CHANNELS = 512  # most outputs of a 1x1 convolution that pools itself
 BIAS_SPLITS = 256  # most programs of a bias gradient beside each other
 
 
@@ -56,8 +72,41 @@ class Triton(Checked):
     def _architecture(self, device: torch.device) -> Architecture:
         return A100 if interpreting() else architecture_of(device)
 
-    def _configuration(self, kernel: str, device: torch.device, problem: Problem) -> Configuration:
-        return choose(kernel, self._architecture(device), problem)
+    def _configuration(
+        self, kernel: str, device: torch.device, dtype: torch.dtype, problem: Problem
+    ) -> Configuration | None:
+        """What the tables say, or else what should be fastest; None for the vendor's convolution."""
+        architecture = self._architecture(device)
+        choice = lookup(Question(architecture.family, f"triton {kernel}", _arithmetic(dtype), problem.shape))
+        if choice == "vendor":
+            return None
+        found = None
+        if isinstance(choice, dict):
+            found = fitted(kernel, architecture, problem, Configuration(**choice))
+        return found or choose(kernel, architecture, problem)
+
+    def trials(
+        self, kernel: str, dtype: str, shape: Shape, device: torch.device
+    ) -> list[tuple[Choice, Callable[[], object]]]:
+        n, h, w, c, k, taps = shape
+        kind = getattr(torch, dtype.removeprefix("tf32 "))
+        x = nhwc(torch.randn(n, c, h, w, device=device, dtype=kind))
+        gy = nhwc(torch.randn(n, k, h, w, device=device, dtype=kind))
+        weight = torch.randn(k, c, 3 if taps == 9 else 1, 3 if taps == 9 else 1, device=device, dtype=kind)
+        problem, architecture, tf32 = _problem(x, k, taps), self._architecture(device), dtype.startswith("tf32")
+        packed, way_out = launches.pack(weight, kind), WayOut()
+        vendor: Callable[[], object] = partial(VendorConv._conv3x3, self, x, weight, PLAIN_IN, way_out, False)
+        if kernel == "weight_grad":
+            vendor = partial(VendorConv._conv3x3_weight_grad, self, x, gy, weight)
+        found: list[tuple[Choice, Callable[[], object]]] = [("vendor", vendor)]
+        for described in {architecture.has_descriptors and describable(kernel, problem), False}:
+            for configuration in candidates(kernel, architecture, problem, described):
+                if kernel == "conv3x3":
+                    several = launches.convolution(x, packed, gy, None, False, way_out, configuration, tf32=tf32)
+                else:
+                    several = launches.weight_gradient(x, gy, torch.empty_like(weight), False, configuration, tf32)
+                found.append((asdict(configuration), partial(self._run, *several)))
+        return found
 
     def _run(self, *several: Launch) -> None:
         """On the device that holds the tensors, on its current stream."""
@@ -78,26 +127,36 @@ class Triton(Checked):
         return self._architecture(x.device).has_descriptors
 
     def fuses(self, x: Tensor, weight: Tensor, pack: bool) -> Fused:
-        return FUSES if _countable(x) else super().fuses(x, weight, pack)
+        if self._is_vendors(x, weight):
+            return super().fuses(x, weight, pack)
+        # Pooling inside saves a map written and read; a program that computes not all channels pools again for others.
+        return POOL_TOO if weight.shape[2] == 1 and weight.shape[0] <= POOLED_CHANNELS else FUSES
 
     def _conv3x3(self, x: Tensor, weight: Tensor, way_in: WayIn, way_out: WayOut, pack: bool) -> Tensor:
-        if not _countable(x):
+        if self._is_vendors(x, weight):
             return super()._conv3x3(x, weight, way_in, way_out, pack)
         return self._convolve(x, weight, way_in, way_out)
 
     def conv3x3_and_relu(
         self, x: Tensor, weight: Tensor, way_in: WayIn = PLAIN_IN, way_out: WayOut = PLAIN_OUT, pack: bool = False
     ) -> tuple[Tensor, Tensor]:
-        if not _countable(x):
+        if self._is_vendors(x, weight):
             return super().conv3x3_and_relu(x, weight, way_in, way_out, pack)
-        x, way_in = self._compose_in(x, way_in, FUSES.way_in)
+        x, way_in = self._compose_in(x, way_in, self.fuses(x, weight, pack).way_in)
         relued = empty_nhwc(x, (x.shape[0], weight.shape[0], *x.shape[2:]))
         return self._convolve(x, weight, way_in, way_out, relued=relued), relued
 
     def conv3x3_input_grad(self, gy: Tensor, weight: Tensor, way_out: WayOut = PLAIN_OUT) -> Tensor:
-        if not _countable(gy):
+        if self._is_vendors(gy, weight, rotated=True):
             return super().conv3x3_input_grad(gy, weight, way_out)
         return self._convolve(gy, weight, PLAIN_IN, way_out, rotated=True)
+
+    def _is_vendors(self, x: Tensor, weight: Tensor, rotated: bool = False) -> bool:
+        """Whether the vendor's convolution runs this: its pixels are too many, or it is faster."""
+        if not _countable(x) or not x.numel():
+            return True
+        problem = _problem(x, weight.shape[1 if rotated else 0], weight.shape[2] * weight.shape[3])
+        return self._configuration("conv3x3", x.device, x.dtype, problem) is None
 
     def _convolve(
         self,
@@ -111,25 +170,48 @@ class Triton(Checked):
         """The convolution, its ReLU into ``relued``; ``rotated``: that of an input gradient."""
         x = self._take(x, "x")
         y = empty_nhwc(x, (x.shape[0], weight.shape[1 if rotated else 0], *x.shape[2:]))
-        if not y.numel():
-            return y
         packed = launches.pack(weight, x.dtype, rotated)
         way_out = _matched(way_out, y)
-        chosen = self._configuration("conv3x3", x.device, launches.problem_of(x, packed))
+        if way_in.pool:
+            self._run(launches.pool_convolution(x, packed, y, relued, way_in.relu, way_out, _tf32()))
+            return y
+        chosen = self._configuration("conv3x3", x.device, x.dtype, launches.problem_of(x, packed))
         self._run(*launches.convolution(x, packed, y, relued, way_in.relu, way_out, chosen, rotated, _tf32()))
         return y
 
+    def conv3x3_weight_grad(self, x: Tensor, gy: Tensor, weight: Tensor, way_in: WayIn = PLAIN_IN) -> Tensor:
+        chosen = self._weight_grads(x, gy, weight)
+        # wgmma reads both operands from shared memory: a ReLU inside would write them there again at every step.
+        if not way_in.relu or way_in.pool or chosen is None or chosen.described:
+            return super().conv3x3_weight_grad(x, gy, weight, way_in)
+        return self._weight_gradient(x, gy, weight, chosen, relu_in=True)
+
     def _conv3x3_weight_grad(self, x: Tensor, gy: Tensor, weight: Tensor) -> Tensor:
-        x, gy = self._take(x, "x"), self._take(gy, "gy")
-        if not gy.numel() or not x.numel() or not _countable(x):
+        chosen = self._weight_grads(x, gy, weight)
+        if chosen is None:
             return super()._conv3x3_weight_grad(x, gy, weight)
-        (n, c, h, w), (k, _, r, _) = x.shape, weight.shape
+        return self._weight_gradient(x, gy, weight, chosen)
+
+    def _weight_grads(self, x: Tensor, gy: Tensor, weight: Tensor) -> Configuration | None:
+        """The configuration of a weight gradient; None for the vendor's."""
+        if not gy.numel() or not _countable(x):
+            return None
+        problem = _problem(x, weight.shape[0], weight.shape[2] * weight.shape[3])
+        return self._configuration("weight_grad", x.device, x.dtype, problem)
+
+    def _weight_gradient(
+        self,
+        x: Tensor,  # (N, C, H, W)
+        gy: Tensor,  # (N, K, H, W)
+        weight: Tensor,  # (K, C, R, R)
+        chosen: Configuration,
+        relu_in: bool = False,
+    ) -> Tensor:  # (K, C, R, R)
+        x, gy = self._take(x, "x"), self._take(gy, "gy")
         gw = torch.empty_like(weight)
-        if gw.stride(2) != r * gw.stride(3):
+        if gw.stride(2) != gw.shape[3] * gw.stride(3):
             gw = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
-        problem = Problem(n, h, w, c, k, r * r, x.element_size())
-        chosen = self._configuration("weight_grad", x.device, problem)
-        self._run(*launches.weight_gradient(x, gy, gw, False, chosen, _tf32()))
+        self._run(*launches.weight_gradient(x, gy, gw, relu_in, chosen, _tf32()))
         return gw
 
     def bias_grad(self, gy: Tensor, bias: Tensor) -> Tensor:
@@ -187,6 +269,17 @@ class Triton(Checked):
 def _countable(x: Tensor) -> bool:  # (N, C, H, W)
     """Whether its pixels are counted in int32: others are the vendor's."""
     return x.shape[0] * x.shape[2] * x.shape[3] <= launches.MOST_PIXELS
+
+
+def _problem(x: Tensor, k: int, taps: int) -> Problem:  # x: (N, C, H, W)
+    n, c, h, w = x.shape
+    return Problem(n, h, w, c, k, taps, x.element_size())
+
+
+def _arithmetic(dtype: torch.dtype) -> str:
+    """As tables name it."""
+    name = str(dtype).removeprefix("torch.")
+    return f"tf32 {name}" if dtype == torch.float32 and _tf32() else name
 
 
 def _tf32() -> bool:

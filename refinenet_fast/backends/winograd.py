@@ -18,6 +18,7 @@ from refinenet_fast._native import pointer
 from refinenet_fast.backends.base import Fused, WayIn, WayOut
 from refinenet_fast.backends.checked import match
 from refinenet_fast.backends.packed import PackedWeights
+from refinenet_fast.backends.table import Question, lookup
 from refinenet_fast.layout import empty_nhwc, nhwc
 
 FUSES = Fused(frozenset({"relu"}), frozenset({"bias", "relu", "select", "add", "add_relu"}))
@@ -29,15 +30,39 @@ MOST_PRODUCTS = 3.5
 FEWEST_PIXELS, FEWEST_PIXELS_UNPACKED, CACHED_WEIGHTS = 48, 200, 256 * 256
 
 
-def pays(
-    x: Tensor,  # (N, C, H, W), or (N, K, H, W) for the input gradient
-    weight: Tensor,  # (K, C, R, R)
+def question(
+    x: Tensor,  # (N, C, H, W)
+    weight: Tensor,  # (K, C, R, R); (C, K, R, R) where rotated
     packed: bool,
+    rotated: bool = False,
+) -> Question:
+    """What the tables are asked."""
+    (n, c, h, w), k, taps = x.shape, weight.shape[1 if rotated else 0], weight.shape[2] * weight.shape[3]
+    kernel = "cpu conv3x3" if packed else "cpu conv3x3_unpacked"
+    return Question(_native._C.cpu_isa(), kernel, "float32", (n, h, w, c, k, taps))
+
+
+def runs(
+    x: Tensor,  # (N, C, H, W)
+    weight: Tensor,  # (K, C, R, R)
+) -> bool:
+    """Whether this is there for these."""
+    return _native._C is not None and x.dtype == torch.float32 and weight.shape[2] == 3 and x.numel() > 0
+
+
+def pays(
+    x: Tensor,  # (N, C, H, W)
+    weight: Tensor,  # (K, C, R, R); (C, K, R, R) where rotated
+    packed: bool,
+    rotated: bool = False,
 ) -> bool:
     """Whether this is faster than the vendor's convolution, the weights being kept or not; by shape and dtype alone."""
-    (n, _, h, w), (k, c, size, _) = x.shape, weight.shape
-    if _native._C is None or x.dtype != torch.float32 or size != 3 or x.numel() == 0:
+    if not runs(x, weight):
         return False
+    choice = lookup(question(x, weight, packed, rotated))
+    if choice in ("winograd", "vendor"):
+        return choice == "winograd"
+    (n, _, h, w), (k, c, *_) = x.shape, weight.shape
     products = 36 * -(-h // 4) * -(-w // 4)
     least = FEWEST_PIXELS if packed else FEWEST_PIXELS_UNPACKED * max(1, c * k / CACHED_WEIGHTS)
     return min(c, k) >= FEWEST_CHANNELS and n * h * w >= least and products <= MOST_PRODUCTS * h * w

@@ -15,7 +15,7 @@ from emulator.parser import Kernel, parse
 from emulator.tensormap import TensorMap
 from emulator.unit import LOCKSTEP, Schedule
 from refinenet_fast.backends.ahead import compile_ahead
-from refinenet_fast.backends.configurations import A100, B200, H100, Architecture, Configuration, Problem, choose
+from refinenet_fast.backends.configurations import A100, B200, H100, Architecture, Configuration, Problem
 from refinenet_fast.backends.launches import Launch
 from refinenet_fast.backends.triton import Triton
 
@@ -51,8 +51,10 @@ class EmulatedTriton(Triton):
     def _architecture(self, device: torch.device) -> Architecture:
         return ARCHITECTURES[self.capability]
 
-    def _configuration(self, kernel: str, device: torch.device, problem: Problem) -> Configuration:
-        return self.configuration or choose(kernel, self._architecture(device), problem)
+    def _configuration(
+        self, kernel: str, device: torch.device, dtype: torch.dtype, problem: Problem
+    ) -> Configuration | None:
+        return self.configuration or super()._configuration(kernel, device, dtype, problem)
 
     def _run(self, *several: Launch) -> None:
         for launch in several:

@@ -1,0 +1,136 @@
+"""What runs a convolution, by device family: committed tables, and the user's own, made by :func:`refinenet_fast.tune`.
+
+A table is a JSON file, ``<family>.json``, ``sm_90`` or ``avx2`` being families::
+
+    {"family": "sm_90", "made": {...}, "rows": [
+        {"kernel": "triton conv3x3", "dtype": "bfloat16", "shape": [8, 128, 128, 256, 256, 9], "choice": {...}}]}
+
+with shapes (N, H, W, C, K, TAPS). The user's rows come first, then the nearest shape of the same kernel, dtype and TAPS
+wins; nothing is timed here, so ranks, captured graphs and resumed runs that have the same tables agree. Committed ones
+lie in the package's folder ``tables``; the user's in ``REFINENET_FAST_TABLES``, by default ``~/.cache/refinenet_fast``.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+COMMITTED = Path(__file__).resolve().parents[1] / "tables"
+FARTHEST = 2.0  # doublings, of all sizes together: beyond them a row says nothing about a shape
+Choice = str | dict[str, Any]  # a backend's own: "vendor", a configuration, ...
+Shape = tuple[int, int, int, int, int, int]  # N, H, W, C, K, TAPS
+
+
+class Question(NamedTuple):
+    """What a table is asked."""
+
+    family: str
+    kernel: str
+    dtype: str
+    shape: Shape
+
+
+_asked: list[Question] | None = None  # while recorded
+
+
+def lookup(question: Question) -> Choice | None:
+    """The nearest row's choice; None where no row is near."""
+    if _asked is not None:
+        _asked.append(question)
+    return _nearest(question)
+
+
+@contextmanager
+def recorded() -> Iterator[list[Question]]:
+    """The questions asked within the block, in order."""
+    global _asked
+    before, _asked = _asked, []
+    try:
+        yield _asked
+    finally:
+        _asked = before
+
+
+def user_folder() -> Path:
+    """Where the user's tables are."""
+    named = os.environ.get("REFINENET_FAST_TABLES")
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(named) if named else Path(cache) / "refinenet_fast"
+
+
+@functools.lru_cache(maxsize=4096)
+def _nearest(question: Question) -> Choice | None:
+    for rows in _tables(question.family):
+        same = [r for r in rows if (r["kernel"], r["dtype"]) == question[1:3] and r["shape"][5] == question.shape[5]]
+        best = min(same, key=lambda row: _distance(row["shape"], question.shape), default=None)
+        if best is not None and _distance(best["shape"], question.shape) <= FARTHEST:
+            return best["choice"]
+    return None
+
+
+def _distance(a: list[int], b: Shape) -> float:
+    """In doublings of the pixels, of the width and of both channels."""
+
+    def doublings(of: list[int] | Shape) -> list[float]:
+        n, h, w, c, k, _ = of
+        return [math.log2(n * h * w), math.log2(w), math.log2(c), math.log2(k)]
+
+    return sum(abs(x - y) for x, y in zip(doublings(a), doublings(b), strict=True))
+
+
+@functools.lru_cache(maxsize=16)
+def _tables(family: str) -> list[list[dict[str, Any]]]:
+    """Rows of the user's table, then of the committed one."""
+    return [_read(folder / f"{family}.json") for folder in (user_folder(), COMMITTED)]
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    try:
+        rows = json.loads(path.read_text())["rows"]
+        for row in rows:
+            kernel, dtype, shape, choice = row["kernel"], row["dtype"], row["shape"], row["choice"]
+            valid = isinstance(kernel, str) and isinstance(dtype, str) and isinstance(choice, str | dict)
+            if not valid or len(shape) != 6 or not all(isinstance(s, int) and s > 0 for s in shape):
+                raise ValueError(f"expected kernel, dtype, six positive sizes and a choice, got {row}")
+        return rows
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, KeyError, TypeError) as error:  # a cache that is broken must not stop anyone
+        warnings.warn(f"{path} is not read: {error}; make it anew with refinenet_fast.tune, or delete it", stacklevel=2)
+        return []
+
+
+def write(family: str, rows: list[dict[str, Any]], made: dict[str, Any], folder: Path | None = None) -> Path:
+    """Put rows into a table (by default the user's), before those it has of other questions; in one step."""
+    folder = folder or user_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{family}.json"
+
+    def question(row: dict[str, Any]) -> tuple[Any, ...]:
+        return row["kernel"], row["dtype"], *row["shape"]
+
+    new = {question(row) for row in rows}
+    kept = [row for row in _read(path) if question(row) not in new]
+    content = {"family": family, "made": made, "rows": [*rows, *kept]}
+    handle, partial = tempfile.mkstemp(dir=folder, prefix=path.name)
+    with os.fdopen(handle, "w") as file:
+        json.dump(content, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    reload()
+    return path
+
+
+def reload() -> None:
+    """Read the tables again where they are next asked."""
+    _nearest.cache_clear()
+    _tables.cache_clear()

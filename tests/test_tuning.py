@@ -1,0 +1,142 @@
+"""Tables: which row answers, what is done with a broken one; and tune(), which writes them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+import pytest
+import torch
+
+import refinenet_fast
+from emulator.triton_backend import EmulatedTriton
+from refinenet_fast import RefineNetBlock, _native, backends
+from refinenet_fast.backends import table, winograd
+from refinenet_fast.backends.configurations import H100, Configuration, Problem, choose
+from refinenet_fast.backends.table import Question
+
+SHAPE = (1, 16, 16, 32, 32, 9)
+needs_core = pytest.mark.skipif(_native._C is None, reason=str(_native.missing))
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty folder for the user's tables, and no committed ones."""
+    monkeypatch.setenv("REFINENET_FAST_TABLES", str(tmp_path))
+    monkeypatch.setattr(table, "COMMITTED", tmp_path / "committed")
+    table.reload()
+    yield tmp_path
+    table.reload()
+
+
+def row(shape, choice, kernel="triton conv3x3", dtype="bfloat16"):
+    return {"kernel": kernel, "dtype": dtype, "shape": list(shape), "choice": choice}
+
+
+def ask(*shape, kernel="triton conv3x3", dtype="bfloat16"):
+    return table.lookup(Question("sm_90", kernel, dtype, shape))
+
+
+def test_the_nearest_row_answers_and_a_far_one_does_not(folder):
+    rows = [row((8, 64, 64, 256, 256, 9), "vendor"), row((8, 16, 16, 512, 512, 9), {"a": 1})]
+    table.write("sm_90", rows, {})
+    assert ask(8, 60, 60, 256, 256, 9) == "vendor"
+    assert ask(8, 17, 17, 512, 512, 9) == {"a": 1}
+    assert ask(8, 64, 64, 256, 256, 1) is None
+    assert ask(8, 64, 64, 16, 16, 9) is None
+    assert ask(8, 64, 64, 256, 256, 9, dtype="float16") is None
+    assert ask(8, 64, 64, 256, 256, 9, kernel="triton weight_grad") is None
+
+
+def test_the_users_rows_come_before_the_committed_ones(folder):
+    table.write("sm_90", [row(SHAPE, "committed"), row((1, 64, 64, 256, 256, 9), "other")], {}, table.COMMITTED)
+    assert ask(*SHAPE) == "committed"
+    table.write("sm_90", [row(SHAPE, "mine")], {})
+    assert ask(*SHAPE) == "mine" and ask(1, 64, 64, 256, 256, 9) == "other"
+
+
+def test_a_row_is_replaced_and_others_are_kept(folder):
+    other = (4, 9, 9, 16, 16, 9)
+    table.write("sm_90", [row(SHAPE, "old"), row(other, "kept")], {})
+    path = table.write("sm_90", [row(SHAPE, "new")], {"by": "a test"})
+    content = json.loads(path.read_text())
+    assert [r["choice"] for r in content["rows"]] == ["new", "kept"] and content["made"] == {"by": "a test"}
+    assert list(folder.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"rows": [{"kernel": "x"}]}', '{"rows": [1]}', "\x00"])
+def test_a_broken_table_is_named_and_left_out(folder, text):
+    (folder / "sm_90.json").write_text(text)
+    with pytest.warns(UserWarning, match=r"sm_90.json is not read: .*refinenet_fast.tune"):
+        assert ask(*SHAPE) is None
+
+
+def test_a_tables_configuration_is_used_where_it_can_be(folder):
+    found = Configuration(True, 1, 64, 128, 64, warps=4, stages=3)
+    device, problem = torch.device("cpu"), Problem(2, 64, 64, 256, 256, 9, 2)
+    kernels = EmulatedTriton(90)
+    assert (
+        kernels._configuration("conv3x3", device, torch.bfloat16, problem) == choose("conv3x3", H100, problem) != found
+    )
+    table.write("sm_90", [row(problem.shape, asdict(found))], {})
+    assert kernels._configuration("conv3x3", device, torch.bfloat16, problem) == found
+    # 12-byte rows have no tensor map; 40 stages do not fit in shared memory
+    narrow = Problem(2, 64, 64, 6, 256, 9, 2)
+    table.write("sm_90", [row(narrow.shape, asdict(found))], {})
+    assert not kernels._configuration("conv3x3", device, torch.bfloat16, narrow).described
+    table.write("sm_90", [row(problem.shape, {**asdict(found), "stages": 40})], {})
+    assert kernels._configuration("conv3x3", device, torch.bfloat16, problem).stages < 40
+
+
+def test_the_vendors_convolution_is_a_choice(folder):
+    table.write("sm_90", [row((1, 5, 6, 16, 8, 9), "vendor")], {})
+    x, weight = torch.randn(1, 16, 5, 6, dtype=torch.bfloat16), torch.randn(8, 16, 3, 3)
+    kernels = EmulatedTriton(90)
+    assert kernels.fuses(x, weight, pack=False) == backends.base.BIAS_ONLY
+    kernels._run = None  # would fail
+    y = kernels.conv3x3(x, weight, backends.WayIn(), backends.WayOut(relu=True))
+    assert torch.equal(y, torch.conv2d(x, weight.bfloat16(), padding=1).relu())
+
+
+@needs_core
+def test_tune_measures_every_convolution_of_a_model_once(folder):
+    block = RefineNetBlock([32], 32, crp_stages=2).eval()
+    lines = []
+    path = refinenet_fast.tune(block, [torch.randn(1, 32, 16, 16)], progress=lines.append)
+    isa = _native._C.cpu_isa()
+    assert path == folder / f"{isa}.json"
+    content = json.loads(path.read_text())
+    (only,) = content["rows"]
+    assert only["kernel"] == "cpu conv3x3" and only["shape"] == list(SHAPE) and len(lines) == 1
+    assert set(only["ms"]) == {"vendor", "winograd"} and only["choice"] == min(only["ms"], key=only["ms"].get)
+    assert content["made"]["torch"] == torch.__version__
+
+
+@needs_core
+def test_tune_in_training_leaves_the_model_as_it_was(folder):
+    block = torch.nn.Sequential(torch.nn.BatchNorm2d(32), refinenet_fast.ResidualConvUnit(32), torch.nn.Dropout())
+    before = {name: t.clone() for name, t in block.state_dict().items()}
+    example, state = torch.randn(1, 32, 16, 16), torch.get_rng_state()
+    refinenet_fast.tune(block, example)
+    assert all(torch.equal(t, before[name]) for name, t in block.state_dict().items())
+    assert all(p.grad is None for p in block.parameters()) and block.training
+    kernels = {r["kernel"] for r in json.loads(next(folder.iterdir()).read_text())["rows"]}
+    assert kernels == {"cpu conv3x3_unpacked"}
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@needs_core
+@pytest.mark.parametrize("choice", ["vendor", "winograd"])
+def test_the_cpu_backend_does_as_its_table_says(folder, choice):
+    x, weight = torch.randn(1, 32, 16, 16), torch.randn(32, 32, 3, 3)
+    table.write(_native._C.cpu_isa(), [row(SHAPE, choice, "cpu conv3x3", "float32")], {})
+    assert winograd.pays(x, weight, packed=True) == (choice == "winograd")
+    assert backends.get("cpu").fuses(x, weight, pack=True) == (
+        winograd.FUSES if choice == "winograd" else backends.cpu.ONEDNN_FUSES
+    )
+
+
+def test_tune_on_the_reference_finds_nothing(folder):
+    with refinenet_fast.use_backend("reference"):
+        assert refinenet_fast.tune(refinenet_fast.ResidualConvUnit(4), torch.randn(1, 4, 5, 5)) is None
+    assert list(folder.iterdir()) == []
