@@ -17,7 +17,7 @@ LAYERS = (
     {"model", "published", "folding"},
     {"variants", "trunks", "initialise"},
     {"blocks"},
-    {"testing"},
+    {"testing", "tuning"},
     {"ops"},
     {"backends"},
     {"kernels", "layout", "_native"},
