@@ -213,7 +213,7 @@ def conv3x3(
     C,
     K,
     h,
-    low_w,
+    low_w,  # w of low: this function's w are the weights
     TAPS: tl.constexpr,
     ROTATED: tl.constexpr,
     RELU_IN: tl.constexpr,
@@ -267,11 +267,11 @@ def conv3x3(
 def conv3x3_reduce(
     parts,  # (SPLITS, N, H, W, K) float32
     y,  # (N, H, W, K)
-    relued,
-    bias,
-    select,
-    adds,
-    low,
+    relued,  # (N, H, W, K), or None
+    bias,  # (K,), or None
+    select,  # (N, H, W, K), or None
+    adds,  # a tuple of (N, H, W, K)
+    low,  # (N, h, w, K), or None
     N,
     H,
     W,

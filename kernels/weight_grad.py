@@ -27,7 +27,6 @@ def _described(
     c,
     dy,
     dx,
-    RELU_IN: tl.constexpr,
     PRECISION: tl.constexpr,
     TH: tl.constexpr,
     TW: tl.constexpr,
@@ -40,8 +39,6 @@ def _described(
     for tile in tl.range(first, last):
         image, top, left = tile // (across * down), tile // across % down * TH, tile % across * TW
         pixels = x.load([image, top + dy, left + dx, c]).reshape(TH * TW, BC)
-        if RELU_IN:
-            pixels = relu(pixels)
         grads = gy.load([image, top, left, k]).reshape(TH * TW, BK)
         total = tl.dot(grads.T, pixels, total, input_precision=PRECISION)
     return total
@@ -97,7 +94,7 @@ def weight_grad(
     C,
     K,
     TAPS: tl.constexpr,
-    RELU_IN: tl.constexpr,
+    RELU_IN: tl.constexpr,  # over pointers only
     PRECISION: tl.constexpr,
     INDEX: tl.constexpr,
     DESCRIBED: tl.constexpr,
@@ -121,7 +118,7 @@ def weight_grad(
         tiles = tl.cdiv(N * H * W, TH * TW)
     first, last = _share(tiles, split, SPLITS), _share(tiles, split + 1, SPLITS)
     if DESCRIBED:
-        total = _described(x, gy, first, last, H, W, k, c, dy, dx, RELU_IN, PRECISION, TH, TW, BK, BC)
+        total = _described(x, gy, first, last, H, W, k, c, dy, dx, PRECISION, TH, TW, BK, BC)
     else:
         total = _pointed(
             x, gy, first, last, N, H, W, C, K, k, c, dy, dx, RELU_IN, PRECISION, TH * TW, BK, BC, INDEX

@@ -66,9 +66,16 @@ class ResidualConvUnits(nn.Sequential):
 
 
 def _is_bare(unit: nn.Module) -> TypeGuard[ResidualConvUnit]:
-    """Whether calling the unit does nothing but its own forward."""
+    """Whether calling the unit does nothing but its own forward: no hooks, no other forward, not compiled by itself."""
     hooks = (unit._forward_hooks, unit._forward_pre_hooks, unit._backward_hooks, unit._backward_pre_hooks)
-    return type(unit) is ResidualConvUnit and not any(hooks)
+    changed = "forward" in unit.__dict__ or unit._compiled_call_impl is not None
+    return type(unit) is ResidualConvUnit and not any(hooks) and not changed and not _has_global_hooks()
+
+
+def _has_global_hooks() -> bool:
+    module = nn.modules.module
+    return any((module._global_forward_hooks, module._global_forward_pre_hooks, module._global_backward_hooks,
+                module._global_backward_pre_hooks))  # fmt: skip
 
 
 class MultiResolutionFusion(nn.Module):

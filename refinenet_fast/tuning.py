@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from refinenet_fast import backends
 from refinenet_fast.backends import table
 from refinenet_fast.backends.table import Question
 
-WARM_UP, ROUNDS = 2, 7
+WARM_UP, ROUNDS, IN_A_ROW = 2, 7, 10
 
 
 def tune(
@@ -27,15 +28,23 @@ def tune(
 
     In training mode backward is run too (of the sum of the results; gradients stay as they were). Candidates are timed
     in turn, each by the median of 7 rounds; the fastest enters the table (:mod:`refinenet_fast.backends.table`), which
-    every later process on this machine reads. Run it alone on the machine.
+    every later process on this machine reads. Run it alone on the machine. A backend that ``auto`` does not pick is
+    tuned where it is forced: ``with refinenet_fast.use_backend("triton"): tune(model, images)``.
 
     Args:
         progress: Called with one line for each convolution that was measured.
 
     Returns:
         The table's file; None where nothing that is in a table ran, as on the reference backend.
+
+    Raises:
+        TypeError: ``example`` holds no tensor.
+        OSError: The table cannot be written.
     """
-    device = next(t.device for t in _tensors(example))
+    tensors = _tensors(example)
+    if not tensors:
+        raise TypeError(f"example: expected a tensor, or a dict, list or tuple of some, got {type(example).__name__}")
+    device = tensors[0].device
     rows: dict[str, list[dict[str, Any]]] = {}
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         for question in dict.fromkeys(_questions(model, example)):
@@ -64,12 +73,15 @@ def _questions(model: nn.Module, example: Any) -> list[Question]:
                 model(example)
             return questions
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}  # batch norm's statistics
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        results = [t for t in _tensors(model(example)) if t.requires_grad]
-        if parameters:
-            torch.autograd.grad([r.float().sum() for r in results], parameters, allow_unused=True)
-        for name, buffer in model.named_buffers():
-            buffer.copy_(buffers[name])
+        try:
+            with torch.enable_grad():
+                results = [t for t in _tensors(model(example)) if t.requires_grad]
+                parameters = [p for p in model.parameters() if p.requires_grad]
+                if parameters and results:
+                    torch.autograd.grad([r.float().sum() for r in results], parameters, allow_unused=True)
+        finally:
+            for name, buffer in model.named_buffers():
+                buffer.data.copy_(buffers[name])
     return questions
 
 
@@ -84,7 +96,7 @@ def _tensors(value: Any) -> list[Tensor]:
 def _measure(question: Question, device: torch.device) -> dict[str, Any] | None:
     """The row of one question; None where there is nothing to choose from."""
     name, kernel = question.kernel.split(" ", 1)
-    trials = backends.get(name).trials(kernel, question.dtype, question.shape, device)
+    trials = [t for t in backends.get(name).trials(kernel, question.dtype, question.shape, device) if _works(t[1])]
     if len(trials) < 2:
         return None
     times: list[list[float]] = [[] for _ in trials]
@@ -105,15 +117,31 @@ def _measure(question: Question, device: torch.device) -> dict[str, Any] | None:
     }
 
 
+def _works(run: Callable[[], object]) -> bool:
+    """Whether a candidate runs at all: a compiler may find that it needs too much."""
+    try:
+        run()
+    except Exception as error:  # whatever a compiler raises
+        warnings.warn(f"a candidate is left out: {error}", stacklevel=4)
+        return False
+    return True
+
+
 def _time(run: Callable[[], object], device: torch.device) -> float:
-    """Milliseconds of one call."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return 1e3 * (time.perf_counter() - start)
+    """Milliseconds of one call; on a GPU of several in a row, so that launching them is not what is measured."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        run()
+        return 1e3 * (time.perf_counter() - start)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+    torch.cuda._sleep(1_000_000)  # the first ones are enqueued while the GPU waits
+    begin.record()
+    for _ in range(IN_A_ROW):
+        run()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / IN_A_ROW
 
 
 def _made(device: torch.device) -> dict[str, Any]:

@@ -30,11 +30,20 @@ def data(request):
 
 
 def test_every_kernel_and_hot_path_is_right(backend, data):
-    for shape in (*testing.ODD, *testing.USUAL):
-        rows = [testing.check_kernels(backends.get(backend), shape, data)]
-        rows += [testing.check_call(call, backend) for call in testing.some_calls(shape, data)]
-        for op, direction, error, limit in (row for found in rows for row in found):
-            assert error <= limit, f"{op} {direction} {shape}: error {error:.3g}, limit {limit:.3g}"
+    with testing.exact_float32():
+        for shape in (*testing.ODD, *testing.USUAL):
+            rows = [testing.check_kernels(backends.get(backend), shape, data)]
+            rows += [testing.check_call(call, backend) for call in testing.some_calls(shape, data)]
+            for op, direction, error, limit in (row for found in rows for row in found):
+                assert error <= limit, f"{op} {direction} {shape}: error {error:.3g}, limit {limit:.3g}"
+
+
+def test_tf32_where_cudnn_would_use_it():
+    from triton_cases import tf32_errors
+
+    for shape in ((2, 64, 31, 47), (1, 40, 3, 20)):
+        error, expected = tf32_errors(backends.get("triton"), shape, 24, "cuda")
+        assert expected > 1e-5 and error <= 1.5 * expected
 
 
 def test_the_same_bits_twice(backend, data):
@@ -53,25 +62,33 @@ def test_in_a_cuda_graph(backend, data):
         call.infer(backend)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
+        gy = torch.randn_like(call.infer(backend))
+        call.gradients(gy, call.train(backend)[1], backend)
         with torch.cuda.graph(graph):
-            y = call.infer(backend)
+            y, saved = call.train(backend)
+            gradients = call.gradients(gy, saved, backend)
         call.tensors[0].mul_(-2)
         graph.replay()
-        torch.testing.assert_close(y, call.infer(backend), rtol=0, atol=0)
+        want, saved = call.train(backend)
+        assert torch.equal(y, want)
+        assert all(map(torch.equal, gradients, call.gradients(gy, saved, backend)))
 
 
 def test_on_the_current_stream(backend, data):
     call = testing.crp_call(SHAPE, data)
-    want, stream = call.infer(backend), torch.cuda.Stream()
+    want, saved = call.train(backend)
+    gy, stream = torch.randn_like(want), torch.cuda.Stream()
+    gradients = call.gradients(gy, saved, backend)
     x = call.tensors[0].clone()
+    call.tensors[0].zero_()
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(100_000_000)  # whoever does not wait for this stream reads zeros
-        call.tensors[0].zero_()
         call.tensors[0].copy_(x)
-        y = call.infer(backend)
+        y, saved = call.train(backend)
+        again = call.gradients(gy, saved, backend)
     stream.synchronize()
-    assert torch.equal(y, want)
+    assert torch.equal(y, want) and all(map(torch.equal, again, gradients))
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -103,9 +120,21 @@ def test_more_elements_than_32_bits_count(backend):
     if free < 20 << 30:
         pytest.skip("needs 20 GB of free memory")
     data = Data(torch.bfloat16, "cuda")
-    x = torch.zeros(257, 256, 256, 128, device="cuda", dtype=torch.bfloat16, memory_format=torch.channels_last)
-    x[-1] = data(1, 256, 256, 128)[0]
+    x = torch.empty(257, 256, 256, 128, device="cuda", dtype=torch.bfloat16, memory_format=torch.channels_last)
+    x.zero_()[-1] = data(1, 256, 256, 128)[0]
     kernels, weight = backends.get(backend), data.weight(16, 256, 3, salt=1)
     alone = x[-1:].clone(memory_format=torch.channels_last)
     assert torch.equal(kernels.conv3x3(x, weight)[-1:], kernels.conv3x3(alone, weight))
     assert torch.equal(kernels.maxpool5(x)[0][-1:], kernels.maxpool5(alone)[0])
+    point = data.weight(16, 256, 1, salt=2)
+    way_in = backends.WayIn(pool=True)
+    assert torch.equal(
+        kernels.conv3x3(x, point, way_in, pack=True)[-1:], kernels.conv3x3(alone, point, way_in, pack=True)
+    )
+    assert torch.equal(
+        kernels.bilinear_backward(x, (99, 70), True)[-1:], kernels.bilinear_backward(alone, (99, 70), True)
+    )
+    gy = torch.zeros(257, 16, 256, 128, device="cuda", dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+    gy[-1] = data(1, 16, 256, 128, salt=3)[0]
+    wants = kernels.conv3x3_weight_grad(alone, gy[-1:], weight)
+    assert testing.relative_l2(kernels.conv3x3_weight_grad(x, gy, weight), wants) <= 1e-2

@@ -20,15 +20,19 @@ ARCHITECTURES = (80, 90, 100)
 CONVOLUTIONS = {
     80: ("first of an rcu, relu in", "end of a chain", "fusion"),
     90: ("first of an rcu", "first of an rcu, relu in", "input gradient", "end of a chain", "fusion"),
-    100: ("first of an rcu, relu in", "input gradient", "fusion"),
+    100: ("first of an rcu, relu in", "input gradient", "end of a chain", "fusion"),
 }
 OTHERS = (
     ("conv3x3", "plain", mc.TYPICAL, mc.FP16),
     ("conv3x3", "plain, tf32", mc.TYPICAL, mc.FP32),
+    ("conv3x3", "plain, tf32x3", mc.TYPICAL, mc.FP32),
     ("conv3x3", "plain", mc.POINTWISE, mc.BF16),
+    ("conv3x3", "plain", mc.SMALL, mc.BF16),
+    ("conv3x3", "plain", mc.ODD, mc.BF16),
     ("weight_grad", "plain", mc.TYPICAL, mc.BF16),
     ("weight_grad", "relu in", mc.TYPICAL, mc.BF16),
     ("weight_grad", "plain, tf32", mc.TYPICAL, mc.FP32),
+    ("weight_grad", "plain, tf32x3", mc.TYPICAL, mc.FP32),
     ("weight_grad", "plain", mc.SMALL, mc.BF16),
     ("weight_grad_reduce", "plain", mc.TYPICAL, mc.BF16),
     ("bias_grad", "bias", mc.TYPICAL, mc.BF16),
@@ -42,7 +46,9 @@ ON_ALL = ("conv3x3", "weight_grad")  # the others do not depend on the architect
 
 def keys(capability):
     ways = [("conv3x3", way, mc.TYPICAL, mc.BF16) for way in CONVOLUTIONS[capability]]
-    return [*ways, *(other for other in OTHERS if other[0] in ON_ALL or capability == 90)]
+    others = [other for other in OTHERS if other[0] in ON_ALL or capability == 90]
+    # Over descriptors a ReLU is a pass of its own before the weight gradient.
+    return [*ways, *(other for other in others if capability == 80 or other[:2] != ("weight_grad", "relu in"))]
 
 
 def case(capability, kernel, way, shape=mc.TYPICAL, dtype=mc.BF16):

@@ -13,7 +13,7 @@ from common import run_python
 from emulator import Schedule
 from emulator.triton_backend import EmulatedTriton
 from refinenet_fast import backends, ops, testing
-from refinenet_fast.backends import choose
+from refinenet_fast.backends import choose, triton
 from refinenet_fast.testing import Data
 
 pytest.importorskip("triton")
@@ -96,6 +96,55 @@ def test_a_convolutions_relus_and_masks_keep_nan(capability, dtype):
     assert torch.equal(y.isnan(), x.isnan().any(1, keepdim=True).expand_as(y))
 
 
+@pytest.mark.parametrize("capability", [80, 90])
+def test_slices_whose_address_no_tensor_map_takes(capability):
+    kernels, data = EmulatedTriton(capability), Data(torch.bfloat16)
+    whole, weight = data(1, 24, 1, 1), data.weight(8, 8, 3, salt=1)
+    x, gy = whole[:, 3:11], data(1, 9, 1, 1, salt=2)[:, 1:]
+    assert x.data_ptr() % 16 and x.is_contiguous(memory_format=torch.channels_last)
+    got = [kernels.conv3x3(x, weight), kernels.conv3x3_weight_grad(x, gy, weight)]
+    want = [kernels.conv3x3(x.clone(), weight), kernels.conv3x3_weight_grad(x.clone(), gy.clone(), weight)]
+    assert all(map(torch.equal, got, want))
+
+
+@pytest.mark.parametrize("way_in", [backends.WayIn(), backends.WayIn(relu=True)])
+def test_a_weight_gradient_has_the_weights_strides(way_in):
+    weight = torch.randn(8, 8, 3, 3).transpose(2, 3)
+    x = torch.randn(1, 8, 4, 4)
+    gw = EmulatedTriton(80).conv3x3_weight_grad(x, x, weight, way_in)
+    assert gw.stride() == weight.stride()
+
+
+def test_what_does_not_belong_together_is_refused():
+    """Below the backend all are addresses."""
+    kernels, x, weight = EmulatedTriton(90), torch.ones(1, 16, 4, 4), torch.ones(8, 16, 3, 3)
+    wrong = {
+        "weight: expected dimension 1 to be 16": lambda: kernels.conv3x3(x, weight[:, :8]),
+        "weight: expected dimension 0 to be 16": lambda: kernels.conv3x3_input_grad(x, weight),
+        "bias: expected \\(8,\\)": lambda: kernels.conv3x3(x, weight, way_out=backends.WayOut(bias=torch.ones(2))),
+        "add: expected \\(1, 8, 4, 4\\)": lambda: kernels.conv3x3(x, weight, way_out=backends.WayOut(add=(x,))),
+        "gy: expected \\(1, 8, 4, 4\\)": lambda: kernels.conv3x3_weight_grad(x, x, weight),
+        "gy: expected .*float32": lambda: kernels.conv3x3_weight_grad(x, torch.ones(1, 8, 4, 4).half(), weight),
+    }
+    for sentence, call in wrong.items():
+        with pytest.raises(ValueError, match=sentence):
+            call()
+
+
+def test_pytorchs_newer_switch_for_tf32(monkeypatch):
+    """After it is used, asking the older one raises; half precision must not ask at all."""
+    code = """
+import torch
+from refinenet_fast.backends.triton import _tf32
+torch.backends.cudnn.conv.fp32_precision = "ieee"
+assert not _tf32(torch.float32) and _tf32(torch.bfloat16)
+torch.backends.cudnn.conv.fp32_precision = "tf32"
+assert _tf32(torch.float32)
+"""
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
+
+
 def test_bilinear_to_far_sizes():
     """Indices and weights come from integers: far sizes and both corners, against the reference."""
     x = Data()(1, 4, 3, 11)
@@ -127,7 +176,7 @@ class Configured(Triton):
     def __init__(self, configuration):
         self.configuration = configuration
 
-    def _configuration(self, kernel, device, dtype, problem):
+    def _configuration(self, kernel, x, k, taps):
         return self.configuration
 
 routes = [
@@ -146,6 +195,11 @@ for configuration, (shape, k) in itertools.product(routes, [((1, 8, 1, 1), 8), (
     for taps in (1, 9):
         say(("grads", configuration), *check_grads(given, shape, k, dtype, taps))
     say(("input", configuration), *check_conv(given, shape, k, dtype, "gradient", rotated=True))
+for shape, k in [((2, 3, 1, 7), 5), ((1, 20, 7, 5), 16)]:
+    say(("pool", shape), *check_conv(kernels, shape, k, dtype, "everything", taps=1, pool=True))
+for call in testing.some_calls((1, 5, 4, 3), Data(dtype)):
+    for op, direction, error, limit in testing.check_call(call, "triton"):
+        say((op, direction), error, limit)
 """
 
 
@@ -176,16 +230,29 @@ def test_why_it_cannot_run_here(monkeypatch):
         assert reason() == "no CUDA device is available"
         refused("no CUDA device is available")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
-    assert kernels.can_run(device, torch.float16) == "needs sm_80 or newer, and cuda:0 is sm_75"
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+    assert reason() == "needs sm_80 or newer, and there is only sm_75"
+    older = {0: (8, 0), 1: (7, 5)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d=None: older[getattr(d, "index", d)])
+    device = torch.device("cuda:1")
+    assert kernels.can_run(device, torch.float16) == "needs sm_80 or newer, and cuda:1 is sm_75"
+    device = torch.device("cuda:0")
     assert kernels.can_run(device, torch.float16) is None
     assert kernels.can_run(device, torch.float64) == "needs one of float32, float16, bfloat16, got float64"
     assert kernels.can_run(torch.device("cpu"), torch.float32) == "needs tensors on device type 'cuda', got 'cpu'"
     refused("needs tensors on device type 'cuda'")
+    monkeypatch.setattr(triton, "lacking", triton.lacking.__wrapped__)  # not as it was asked first
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "3.5.1")
     assert reason() == "needs Triton 3.6 or newer, got 3.5.1"
     refused("needs Triton 3.6 or newer")
+
+    def unknown(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", unknown)
+    monkeypatch.setattr("triton.__version__", "3.6.0+git1")
+    assert reason().startswith("unproven")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert reason() == "Triton is not installed"
     assert choose._resolve("rcu", "auto", "cuda", 0, torch.float64) == "reference"

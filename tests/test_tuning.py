@@ -72,20 +72,16 @@ def test_a_broken_table_is_named_and_left_out(folder, text):
 
 
 def test_a_tables_configuration_is_used_where_it_can_be(folder):
-    found = Configuration(True, 1, 64, 128, 64, warps=4, stages=3)
-    device, problem = torch.device("cpu"), Problem(2, 64, 64, 256, 256, 9, 2)
-    kernels = EmulatedTriton(90)
-    assert (
-        kernels._configuration("conv3x3", device, torch.bfloat16, problem) == choose("conv3x3", H100, problem) != found
-    )
+    found, problem = Configuration(True, 1, 64, 128, 64, warps=4, stages=3), Problem(2, 64, 64, 256, 256, 9, 2)
+    x, kernels = torch.empty(2, 256, 64, 64, dtype=torch.bfloat16), EmulatedTriton(90)
+    usual = choose("conv3x3", H100, problem)
+    assert kernels._configuration("conv3x3", x, 256, 9) == usual != found
     table.write("sm_90", [row(problem.shape, asdict(found))], {})
-    assert kernels._configuration("conv3x3", device, torch.bfloat16, problem) == found
-    # 12-byte rows have no tensor map; 40 stages do not fit in shared memory
-    narrow = Problem(2, 64, 64, 6, 256, 9, 2)
-    table.write("sm_90", [row(narrow.shape, asdict(found))], {})
-    assert not kernels._configuration("conv3x3", device, torch.bfloat16, narrow).described
-    table.write("sm_90", [row(problem.shape, {**asdict(found), "stages": 40})], {})
-    assert kernels._configuration("conv3x3", device, torch.bfloat16, problem).stages < 40
+    assert kernels._configuration("conv3x3", x, 256, 9) == found
+    assert not kernels._configuration("conv3x3", x[:, :250], 256, 9).described  # 500-byte rows have no tensor map
+    for wrong in ({**asdict(found), "stages": 40}, {"tile": 3}, {}):
+        table.write("sm_90", [row(problem.shape, wrong)], {})
+        assert kernels._configuration("conv3x3", x, 256, 9) == usual
 
 
 def test_the_vendors_convolution_is_a_choice(folder):
@@ -134,6 +130,42 @@ def test_the_cpu_backend_does_as_its_table_says(folder, choice):
     assert backends.get("cpu").fuses(x, weight, pack=True) == (
         winograd.FUSES if choice == "winograd" else backends.cpu.ONEDNN_FUSES
     )
+
+
+@needs_core
+def test_a_candidate_that_does_not_run_is_left_out(folder, monkeypatch):
+    kernels = backends.get("cpu")
+
+    def trials(kernel, dtype, shape, device):
+        def fails():
+            raise RuntimeError("too many registers")
+
+        return [("vendor", lambda: None), ("broken", fails), ("winograd", lambda: None)]
+
+    monkeypatch.setattr(kernels, "trials", trials)
+    with pytest.warns(UserWarning, match="a candidate is left out: too many registers"):
+        path = refinenet_fast.tune(refinenet_fast.ResidualConvUnit(32).eval(), torch.randn(1, 32, 16, 16))
+    assert set(json.loads(path.read_text())["rows"][0]["ms"]) == {"vendor", "winograd"}
+
+
+def test_an_example_without_a_tensor_is_refused(folder):
+    with pytest.raises(TypeError, match=r"example: expected a tensor, .* got str"):
+        refinenet_fast.tune(refinenet_fast.ResidualConvUnit(4), "x")
+
+
+def test_no_home_no_tables(monkeypatch):
+    monkeypatch.delenv("REFINENET_FAST_TABLES")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(table.Path, "home", no_home)
+    table.reload()
+    assert table.user_folder() is None and ask(*SHAPE) is None
+    with pytest.raises(OSError, match="set REFINENET_FAST_TABLES"):
+        table.write("sm_90", [], {})
+    table.reload()
 
 
 def test_tune_on_the_reference_finds_nothing(folder):

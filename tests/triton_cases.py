@@ -85,18 +85,27 @@ def check_conv(
 ) -> tuple[float, float]:
     """Error and limit, of a result whose ReLU is written too; of the input gradient where ``rotated``."""
     n, c, h, w = shape
-    data, size = Data(dtype), 3 if taps == 9 else 1
+    # Small integers, whose sums are exact wherever nothing is resampled: then every bit has to be right.
+    integers = way not in ("fusion", "everything")
+    data, size = Data(dtype, integers=integers), 3 if taps == 9 else 1
     x, weight = data(*shape), data.weight(k, c, size, salt=1)
     steps = Steps(way, (n, k, h, w), data, pool)
     if rotated:
         turned = weight.flip(2, 3).transpose(0, 1).contiguous()
         with poisoned():
-            got = [kernels.conv3x3_input_grad(x, turned, steps.way_out())]
-        return compare(got, steps.plain, [x, weight, *steps.tensors])
-    with poisoned():
-        y, relued = kernels.conv3x3_and_relu(x, weight, WayIn(steps.relu_in, pool), steps.way_out())
-    assert torch.equal(relued, y.relu())
-    return compare([y], steps.plain, [x, weight, *steps.tensors])
+            y = kernels.conv3x3_input_grad(x, turned, steps.way_out())
+    else:
+        with poisoned():
+            y, relued = kernels.conv3x3_and_relu(x, weight, WayIn(steps.relu_in, pool), steps.way_out())
+        assert torch.equal(relued, y.relu())
+    given = [x, weight, *steps.tensors]
+    want = steps.plain(*(t.double() for t in given))
+    if integers:
+        assert torch.equal(y, want.to(dtype))
+    else:  # no element may be off by more than its rounding, however small its part in the whole
+        slack = 2e-6 * (1 + c * size * size) ** 0.5
+        assert ((y - want).abs() <= torch.finfo(dtype).eps * want.abs() + slack).all()
+    return compare([y], steps.plain, given)
 
 
 def check_grads(
@@ -113,9 +122,9 @@ def check_grads(
     return compare([gw, gb], lambda w, b: conv(x.to(w.dtype).relu(), w, b), [weight, bias], gy)
 
 
-def tf32_errors(kernels: Triton, shape: Sequence[int], k: int) -> tuple[float, float]:
+def tf32_errors(kernels: Triton, shape: Sequence[int], k: int, device: str = "cpu") -> tuple[float, float]:
     """Of a float32 convolution with TF32 allowed: its error, and that of exact products of what tensor cores read."""
-    data = Data()
+    data = Data(device=device)
     x, weight = data(*shape), data.weight(k, shape[1], 3, salt=1)
     want = conv(x.double(), weight.double())
     y = kernels.conv3x3(x, weight)

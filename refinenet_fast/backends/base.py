@@ -186,10 +186,7 @@ class Backend(ABC):
     ) -> Tensor:  # as weight, in dtype and strides too
         """Gradient of ``conv3x3`` in its weight."""
         x, _ = self._compose_in(x, way_in, frozenset())
-        grad = self._conv3x3_weight_grad(x, gy, weight)
-        if grad.dtype == weight.dtype and grad.stride() == weight.stride():
-            return grad
-        return torch.empty_like(weight).copy_(grad)
+        return as_weight(self._conv3x3_weight_grad(x, gy, weight), weight)
 
     def bias_grad(
         self,
@@ -295,6 +292,16 @@ def select(
 ) -> Tensor:  # (N, C, H, W)
     """``y`` where ``!(mask <= 0)``, else 0: ReLU's backward, NaN included."""
     return torch.ops.aten.threshold_backward.grad_input(y, mask, 0, grad_input=y)
+
+
+def as_weight(
+    grad: Tensor,  # (K, C, R, R)
+    weight: Tensor,  # (K, C, R, R)
+) -> Tensor:  # (K, C, R, R)
+    """``grad`` in the dtype and strides of ``weight``."""
+    if grad.dtype == weight.dtype and grad.stride() == weight.stride():
+        return grad
+    return torch.empty_like(weight).copy_(grad)
 
 
 def rotated(

@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 
@@ -81,7 +82,11 @@ class Configuration:
 
 @dataclass(frozen=True)
 class Problem:
-    """The sizes of a convolution: x (n, h, w, c), y (n, h, w, k), taps 9 or 1, bytes of an element of x."""
+    """The sizes of a convolution: x (n, h, w, c), y (n, h, w, k), taps 9 or 1, bytes of an element of x.
+
+    Attributes:
+        exact: Products of float32 as three of TF32 each, not one.
+    """
 
     n: int
     h: int
@@ -90,6 +95,7 @@ class Problem:
     k: int
     taps: int
     size: int
+    exact: bool = False
 
     @property
     def pixels(self) -> int:
@@ -103,13 +109,12 @@ class Problem:
 
 @functools.lru_cache(maxsize=4096)
 def choose(kernel: str, architecture: Architecture, problem: Problem) -> Configuration:
-    """The configuration of least expected time, over descriptors where there are some.
+    """The configuration of least expected time.
 
     Args:
         kernel: ``"conv3x3"`` or ``"weight_grad"``.
     """
-    described = architecture.has_descriptors and describable(kernel, problem)
-    known = candidates(kernel, architecture, problem, described)
+    known = candidates(kernel, architecture, problem)
     return min(known, key=lambda configuration: cost(kernel, architecture, problem, configuration))
 
 
@@ -118,63 +123,85 @@ def describable(kernel: str, problem: Problem) -> bool:
     return all(c * problem.size % 16 == 0 for c in ([problem.c] if kernel == "conv3x3" else [problem.c, problem.k]))
 
 
-def fitted(
-    kernel: str, architecture: Architecture, problem: Problem, configuration: Configuration
-) -> Configuration | None:
-    """A configuration that was found best for another problem, cut to this one; None where it cannot run it."""
+def fitted(kernel: str, architecture: Architecture, problem: Problem, choice: dict[str, Any]) -> Configuration | None:
+    """A table's choice, found best for another problem, cut to this one; None where it is none or cannot run this."""
+    kinds = {field.name: str(field.type) for field in fields(Configuration)}
+    if set(choice) != set(kinds) or not all(_is_a(kinds[name], value) for name, value in choice.items()):
+        return None
+    configuration = Configuration(**choice)
+    tile = (configuration.pixels, configuration.outs, configuration.channels, configuration.warps)
+    if any(size & (size - 1) for size in tile) or min(tile[:3]) < 16 or configuration.columns & 7:
+        return None
     cut = _cut(kernel, configuration, problem)
     described = architecture.has_descriptors and describable(kernel, problem)
-    fits = shared_bytes(kernel, cut, problem.size) <= architecture.shared
+    fits = shared_bytes(kernel, cut, problem) <= architecture.shared and not _overflows(architecture, problem, cut)
     return cut if fits and (described or not cut.described) else None
 
 
+def _is_a(kind: str, value: Any) -> bool:
+    if kind == "int":
+        return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return isinstance(value, bool) if kind == "bool" else isinstance(value, int | float) and value > 0
+
+
 @functools.lru_cache(maxsize=4096)
-def candidates(kernel: str, architecture: Architecture, problem: Problem, described: bool) -> tuple[Configuration, ...]:
-    """What may be launched, cut to the problem's channels; all fit in shared memory."""
+def candidates(kernel: str, architecture: Architecture, problem: Problem) -> tuple[Configuration, ...]:
+    """What may be launched, cut to the problem's channels; all fit in shared memory. One at least."""
     listed = _convolutions if kernel == "conv3x3" else _weight_grads
+    described = architecture.has_descriptors and describable(kernel, problem)
     found = []
-    for configuration in listed(architecture, problem, described):
+    for configuration in listed(architecture, problem):
         cut = _cut(kernel, configuration, problem)
-        if shared_bytes(kernel, cut, problem.size) <= architecture.shared:
+        if cut.described and not described:
+            continue
+        if shared_bytes(kernel, cut, problem) <= architecture.shared and not _overflows(architecture, problem, cut):
             found += [replace(cut, splits=splits) for splits in _splits(kernel, architecture, problem, cut)]
     return tuple(dict.fromkeys(found))
 
 
-def _convolutions(architecture: Architecture, problem: Problem, described: bool) -> Iterator[Configuration]:
+def _overflows(architecture: Architecture, problem: Problem, configuration: Configuration) -> bool:
+    """Whether three products in tensor memory, from sm_100 on, take more than its 512 columns."""
+    return architecture.capability >= 100 and problem.exact and configuration.outs > 128
+
+
+def _convolutions(architecture: Architecture, problem: Problem) -> Iterator[Configuration]:
     step = 128 // problem.size  # channels that make one row of a 128-byte swizzle
-    if described:
-        # One row of pixels keeps both operands in shared memory.
+    # One row of pixels keeps both operands in shared memory.
+    if not problem.exact:
         yield Configuration(True, 1, 128, 256, step, warps=8, stages=4)
         # Two blocks on one multiprocessor: one computes while the other writes.
         yield Configuration(True, 1, 64, 256, step, warps=4, stages=3, speed=0.9)
         yield Configuration(True, 1, 128, 128, step, warps=8, stages=4, speed=0.85)
         yield Configuration(True, 1, 64, 128, step, warps=4, stages=4, speed=0.75)
-        # Maps narrower than a row: the pixels pass through registers.
+    yield Configuration(True, 1, 128, 128, step, warps=8, stages=3, speed=0.7)
+    if architecture.capability >= 100:
+        # Maps narrower than a row. On sm_90 boxes pass through registers, and wgmma waits for each.
         for columns in (32, 16, 8):
-            yield Configuration(True, 64 // columns, columns, 128, step, warps=4, stages=4, speed=0.6)
-            yield Configuration(True, 128 // columns, columns, 256, step, warps=8, stages=3, speed=0.7)
-    elif architecture.capability >= 90:
-        yield Configuration(False, 1, 128, 128, step, warps=8, stages=3, speed=0.8)
-        yield Configuration(False, 1, 64, 128, step, warps=4, stages=3, speed=0.6)
-    else:
-        # mma.sync takes its operands from registers: 64 x 32 of a warp read each of them least.
-        yield Configuration(False, 1, 128, 128, step, warps=8, stages=3)
-        yield Configuration(False, 1, 64, 128, step, warps=4, stages=3, speed=0.85)
-        yield Configuration(False, 1, 64, 64, step, warps=4, stages=4, speed=0.7)
+            yield Configuration(True, 128 // columns, columns, 128, step, warps=8, stages=3, speed=0.7)
+    # Triton copies asynchronously where rows are multiples of 16 elements; others pass through registers one by one.
+    aligned = problem.c % 16 == 0 and problem.k % 16 == 0
+    if problem.exact or not aligned:  # three products, too, need registers
+        yield Configuration(False, 1, 128, 64, 32, warps=8, stages=3, speed=0.4)
+        yield Configuration(False, 1, 64, 64, 32 if problem.exact else 16, warps=4, stages=3, speed=0.3)
+        return
+    # Over pointers nothing is wasted at the borders; threads compute addresses instead of TMA.
+    slower = 0.8 if architecture.has_descriptors else 1.0
+    yield Configuration(False, 1, 128, 128, step, warps=8, stages=3, speed=slower)
+    yield Configuration(False, 1, 64, 128, step, warps=4, stages=3, speed=0.85 * slower)
+    yield Configuration(False, 1, 64, 64, step, warps=4, stages=3, speed=0.7 * slower)
 
 
-def _weight_grads(architecture: Architecture, problem: Problem, described: bool) -> Iterator[Configuration]:
+def _weight_grads(architecture: Architecture, problem: Problem) -> Iterator[Configuration]:
     step = 128 // problem.size  # pixels of a step
-    if described:
-        wide = 256 if problem.size == 2 else 128  # transposed by wgmma where elements have 16 bits, else by threads
+    # Transposed by wgmma where elements have 16 bits, else by threads.
+    for wide in (256, 128) if problem.size == 2 else (128,):
         for columns in (64, 32, 16, 8):
             if columns <= step:
-                speed = 1.0 if columns == step else 0.7  # through registers
+                speed = (1.0 if columns == step else 0.7) * (1.0 if wide == 256 else 0.8)  # or through registers
                 yield Configuration(True, step // columns, columns, 128, wide, warps=8, stages=4, speed=speed)
-                yield Configuration(True, step // columns, columns, 128, 128, warps=8, stages=4, speed=speed * 0.8)
-    else:
-        yield Configuration(False, 1, 32, 128, 128, warps=8, stages=3)
-        yield Configuration(False, 1, 32, 64, 64, warps=4, stages=3, speed=0.7)
+    if not problem.exact:
+        yield Configuration(False, 1, 32, 128, 128, warps=8, stages=3, speed=0.7)
+    yield Configuration(False, 1, 32, 64, 64, warps=4, stages=3, speed=0.5)
 
 
 def _cut(kernel: str, configuration: Configuration, problem: Problem) -> Configuration:
@@ -214,21 +241,26 @@ def programs(kernel: str, problem: Problem, configuration: Configuration) -> int
     return outs * problem.taps * -(-problem.c // configuration.channels)
 
 
-def shared_bytes(kernel: str, configuration: Configuration, size: int) -> int:
+def shared_bytes(kernel: str, configuration: Configuration, problem: Problem) -> int:
     """Shared memory that a launch takes at most: the stages, and what the way out moves through it besides."""
     if kernel == "conv3x3":
-        stage = (configuration.pixels + configuration.outs) * configuration.channels * size
+        stage = (configuration.pixels + configuration.outs) * configuration.channels * problem.size
         # A slice of the result, of at most 128 output channels, goes where the stages were.
         out = configuration.pixels * min(configuration.outs, 128) * 4
     else:
-        stage = (configuration.outs + configuration.channels) * configuration.pixels * size
+        stage = (configuration.outs + configuration.channels) * configuration.pixels * problem.size
         out = configuration.outs * configuration.channels * 4
-    return max(configuration.stages * stage, out) + 1024
+    # Three products read what is left of their operands by rounding, too.
+    return max((configuration.stages + problem.exact) * stage, out) + 1024
 
 
-def slices(configuration: Configuration, upsamples: bool) -> int:
-    """In how many parts a program's output channels go the way out: registers and shared memory for 128, or half."""
-    return min(4, max(1, configuration.outs // 128) * (2 if upsamples else 1))
+def slices(configuration: Configuration, others: int, upsamples: bool) -> int:
+    """In how many parts a program's output channels go the way out, so that registers and shared memory suffice.
+
+    Args:
+        others: How many tensors of the result's size are read on the way.
+    """
+    return min(4, max(1, configuration.outs // 128) * (2 if upsamples or others > 2 else 1))
 
 
 def cost(kernel: str, architecture: Architecture, problem: Problem, configuration: Configuration) -> float:

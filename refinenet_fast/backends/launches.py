@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 
 from refinenet_fast.backends.base import WayOut
-from refinenet_fast.backends.configurations import Configuration, Problem, power_of_two, programs, slices
+from refinenet_fast.backends.configurations import (
+    Configuration,
+    Problem,
+    power_of_two,
+    programs,
+    shared_bytes,
+    slices,
+)
 
 STRIP = 16  # rows that one program of the pool's forward walks down
 VECTOR = 16  # bytes that a thread loads at once
@@ -30,6 +37,7 @@ class Launch:
     Attributes:
         arguments: Before the constants, in the kernel's order: tensors, tuples of tensors, Triton's descriptors, None,
             integers.
+        room: Bytes of shared memory that it takes at most.
     """
 
     module: str
@@ -39,6 +47,7 @@ class Launch:
     constants: dict[str, Any]
     warps: int = WARPS
     stages: int = 2
+    room: int = 48 << 10  # what every GPU has
 
     @property
     def device(self) -> torch.device:
@@ -63,10 +72,12 @@ def pack(
 
 def problem_of(
     x: Tensor,  # (N, C, H, W)
-    packed: Tensor,  # (TAPS, K, C)
+    k: int,
+    taps: int,
+    tf32: bool,
 ) -> Problem:
     n, c, h, w = x.shape
-    return Problem(n, h, w, c, packed.shape[1], packed.shape[0], x.element_size())
+    return Problem(n, h, w, c, k, taps, x.element_size(), exact=x.dtype == torch.float32 and not tf32)
 
 
 def convolution(
@@ -81,9 +92,10 @@ def convolution(
     tf32: bool = True,
 ) -> list[Launch]:
     """``y`` = the way out of the convolution of ``x``, and ``relued`` its ReLU. Nothing is empty."""
-    problem = problem_of(x, packed)
+    taps, k, _ = packed.shape
+    problem = problem_of(x, k, taps, tf32)
     n, c, h, w = x.shape
-    k, splits = problem.k, configuration.splits
+    splits = configuration.splits
     offsets = _integers(splits * y.numel(), x.numel())
     end = _Out(y, relued, way_out)
     target, now = y, end
@@ -94,14 +106,16 @@ def convolution(
     constants |= {"PRECISION": precision(tf32), "INDEX": offsets, "DESCRIBED": configuration.described}
     constants |= {"TH": configuration.rows, "TW": configuration.columns}
     constants |= {"BN": configuration.outs, "BC": configuration.channels}
-    constants |= {"SPLITS": splits, "SLICES": slices(configuration, now.low is not None)}
+    constants |= {"SPLITS": splits, "SLICES": slices(configuration, now.others, now.low is not None)}
     operands: tuple[Any, Any] = (x, packed)
     if configuration.described:
         box = (1, configuration.rows, configuration.columns, configuration.channels)
         operands = (boxes(x, box), boxes(packed, (1, configuration.outs, configuration.channels)))
     arguments = (*operands, target, *now.pointers, n, h, w, c, k, *now.sizes)
     grid = (programs("conv3x3", problem, configuration), splits)
-    launches = [Launch("conv3x3", "conv3x3", grid, arguments, constants, configuration.warps, configuration.stages)]
+    room = shared_bytes("conv3x3", configuration, problem)
+    shape = (configuration.warps, configuration.stages, room)
+    launches = [Launch("conv3x3", "conv3x3", grid, arguments, constants, *shape)]
     if splits > 1:
         pixels, outs = REDUCED
         constants = {**end.constants, "INDEX": offsets, "SPLITS": splits, "BM": pixels, "BN": outs}
@@ -130,7 +144,7 @@ def pool_convolution(
     constants |= {"SLICES": 2 if outs == 256 else 1}
     grid = (_blocks(w, columns) * _blocks(k, outs), _blocks(h, 2), n)
     arguments = (x, packed, y, *end.pointers, h, w, c, k, *end.sizes)
-    return Launch("pool_conv1x1", "pool_conv1x1", grid, arguments, constants, warps=8, stages=1)
+    return Launch("pool_conv1x1", "pool_conv1x1", grid, arguments, constants, warps=8, stages=1)  # 32 KB
 
 
 class _Out:
@@ -139,6 +153,7 @@ class _Out:
     def __init__(self, y: Tensor, relued: Tensor | None, way_out: WayOut) -> None:  # (N, K, H, W) each
         self.low = way_out.upsample
         adds = (*way_out.add, *way_out.add_relu)
+        self.others = len(adds) + (way_out.select is not None)
         self.pointers = (relued, way_out.bias, way_out.select, adds, self.low)
         self.sizes = (1, 1) if self.low is None else tuple(self.low.shape[2:])
         self.constants = {
@@ -160,7 +175,7 @@ def weight_gradient(
     """``gw`` = the gradient in the weight. Nothing is empty."""
     (n, c, h, w), k, taps = x.shape, gy.shape[1], gw.shape[2] * gw.shape[3]
     splits = configuration.splits
-    problem = Problem(n, h, w, c, k, taps, x.element_size())
+    problem = problem_of(x, k, taps, tf32)
     parts = torch.empty((splits, k, taps, c), dtype=torch.float32, device=x.device)
     constants = {"TAPS": taps, "RELU_IN": relu_in, "PRECISION": precision(tf32)}
     constants |= {"INDEX": _integers(x.numel(), gy.numel()), "DESCRIBED": configuration.described}
@@ -172,9 +187,9 @@ def weight_gradient(
         operands = (boxes(x, (*tile, configuration.channels)), boxes(gy, (*tile, configuration.outs)))
     grid = (programs("weight_grad", problem, configuration), splits)
     arguments = (*operands, parts, n, h, w, c, k)
-    product = Launch(
-        "weight_grad", "weight_grad", grid, arguments, constants, configuration.warps, configuration.stages
-    )
+    room = shared_bytes("weight_grad", configuration, problem)
+    shape = (configuration.warps, configuration.stages, room)
+    product = Launch("weight_grad", "weight_grad", grid, arguments, constants, *shape)
     sums = (parts, gw, k, c, gw.stride(0), gw.stride(1), gw.stride(3))
     return [product, _sum_of_splits(sums, taps, splits, gw.numel())]
 

@@ -7,7 +7,8 @@ A table is a JSON file, ``<family>.json``, ``sm_90`` or ``avx2`` being families:
 
 with shapes (N, H, W, C, K, TAPS). The user's rows come first, then the nearest shape of the same kernel, dtype and TAPS
 wins; nothing is timed here, so ranks, captured graphs and resumed runs that have the same tables agree. Committed ones
-lie in the package's folder ``tables``; the user's in ``REFINENET_FAST_TABLES``, by default ``~/.cache/refinenet_fast``.
+lie in the package's folder ``tables`` (none yet: where no row is near, a backend decides by the sizes itself); the
+user's in ``REFINENET_FAST_TABLES``, by default ``~/.cache/refinenet_fast``.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import functools
 import json
 import math
 import os
-import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -59,11 +59,16 @@ def recorded() -> Iterator[list[Question]]:
         _asked = before
 
 
-def user_folder() -> Path:
-    """Where the user's tables are."""
-    named = os.environ.get("REFINENET_FAST_TABLES")
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(named) if named else Path(cache) / "refinenet_fast"
+def user_folder() -> Path | None:
+    """Where the user's tables are; None for a user without a home."""
+    if named := os.environ.get("REFINENET_FAST_TABLES"):
+        return Path(named)
+    if cache := os.environ.get("XDG_CACHE_HOME"):
+        return Path(cache) / "refinenet_fast"
+    try:
+        return Path.home() / ".cache" / "refinenet_fast"
+    except RuntimeError:
+        return None
 
 
 @functools.lru_cache(maxsize=4096)
@@ -89,7 +94,7 @@ def _distance(a: list[int], b: Shape) -> float:
 @functools.lru_cache(maxsize=16)
 def _tables(family: str) -> list[list[dict[str, Any]]]:
     """Rows of the user's table, then of the committed one."""
-    return [_read(folder / f"{family}.json") for folder in (user_folder(), COMMITTED)]
+    return [_read(folder / f"{family}.json") for folder in (user_folder(), COMMITTED) if folder]
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
@@ -109,8 +114,14 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 
 def write(family: str, rows: list[dict[str, Any]], made: dict[str, Any], folder: Path | None = None) -> Path:
-    """Put rows into a table (by default the user's), before those it has of other questions; in one step."""
+    """Put rows into a table (by default the user's), before those it has of other questions; in one step.
+
+    Raises:
+        OSError: It cannot be written; the old one is as it was.
+    """
     folder = folder or user_folder()
+    if folder is None:
+        raise OSError("there is no home directory to keep a table in: set REFINENET_FAST_TABLES to a folder")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{family}.json"
 
@@ -120,12 +131,15 @@ def write(family: str, rows: list[dict[str, Any]], made: dict[str, Any], folder:
     new = {question(row) for row in rows}
     kept = [row for row in _read(path) if question(row) not in new]
     content = {"family": family, "made": made, "rows": [*rows, *kept]}
-    handle, partial = tempfile.mkstemp(dir=folder, prefix=path.name)
-    with os.fdopen(handle, "w") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    partial = folder / f"{family}.json.{os.getpid()}.partial"
+    try:
+        with partial.open("w") as file:
+            json.dump(content, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
     reload()
     return path
 

@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
 import os
+import re
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from refinenet_fast.backends import launches
-from refinenet_fast.backends.base import PLAIN_IN, PLAIN_OUT, Fused, VendorConv, WayIn, WayOut
+from refinenet_fast.backends.base import PLAIN_IN, PLAIN_OUT, Fused, VendorConv, WayIn, WayOut, as_weight
 from refinenet_fast.backends.checked import Checked, match
 from refinenet_fast.backends.configurations import (
     A100,
     Architecture,
     Configuration,
-    Problem,
     architecture_of,
     candidates,
     choose,
-    describable,
     fitted,
 )
 from refinenet_fast.backends.launches import Launch
+from refinenet_fast.backends.reference import Reference
 from refinenet_fast.backends.table import Choice, Question, Shape, lookup
 from refinenet_fast.layout import empty_nhwc, nhwc
 
@@ -35,12 +35,32 @@ OLDEST = (3, 6)  # of Triton
 FUSES = Fused(frozenset({"relu"}), frozenset({"bias", "relu", "select", "add", "add_relu", "upsample"}))
 POOL_TOO = Fused(FUSES.way_in | {"pool"}, FUSES.way_out)
 POOLED_CHANNELS = 512  # most outputs of a 1x1 convolution that pools itself
+GRID = 65_535  # most blocks along a grid's second and third dimension
+VECTOR = 16  # bytes
 BIAS_SPLITS = 256  # most programs of a bias gradient beside each other
+
+
+_PLAIN = Reference()  # for sizes that the kernels do not count, and for empty tensors
 
 
 def interpreting() -> bool:
     """Whether Triton runs in its interpreter, on the CPU: ``TRITON_INTERPRET=1``, before it is imported."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+
+
+@functools.lru_cache(maxsize=1)
+def lacking() -> str | None:
+    """Why no Triton that is new enough can be used; None: it can."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:  # under another name, as for nightly builds
+        version = importlib.import_module("triton").__version__
+    found = re.match(r"(\d+)\.(\d+)", version)
+    if found is None or tuple(map(int, found.groups())) < OLDEST:
+        return f"needs Triton {'.'.join(map(str, OLDEST))} or newer, got {version}"
+    return None
 
 
 class Triton(Checked):
@@ -53,14 +73,13 @@ class Triton(Checked):
     proven = False
 
     def unavailable(self) -> str | None:
-        if importlib.util.find_spec("triton") is None:
-            return "Triton is not installed"
-        version = importlib.metadata.version("triton")
-        if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
-            return f"needs Triton {'.'.join(map(str, OLDEST))} or newer, got {version}"
-        if not interpreting() and not torch.cuda.is_available():
+        reason = lacking()
+        if reason is not None or interpreting():
+            return reason
+        if not torch.cuda.is_available():
             return "no CUDA device is available"
-        return None
+        newest = max(map(torch.cuda.get_device_capability, range(torch.cuda.device_count())))
+        return None if newest >= (8, 0) else f"needs sm_80 or newer, and there is only sm_{newest[0]}{newest[1]}"
 
     def can_run(self, device: torch.device, dtype: torch.dtype) -> str | None:
         reason = super().can_run(device, dtype)
@@ -72,41 +91,40 @@ class Triton(Checked):
     def _architecture(self, device: torch.device) -> Architecture:
         return A100 if interpreting() else architecture_of(device)
 
-    def _configuration(
-        self, kernel: str, device: torch.device, dtype: torch.dtype, problem: Problem
-    ) -> Configuration | None:
+    def _configuration(self, kernel: str, x: Tensor, k: int, taps: int) -> Configuration | None:
         """What the tables say, or else what should be fastest; None for the vendor's convolution."""
-        architecture = self._architecture(device)
-        choice = lookup(Question(architecture.family, f"triton {kernel}", _arithmetic(dtype), problem.shape))
+        architecture, problem = self._architecture(x.device), launches.problem_of(x, k, taps, _tf32(x.dtype))
+        choice = lookup(Question(architecture.family, f"triton {kernel}", _arithmetic(x.dtype), problem.shape))
         if choice == "vendor":
             return None
-        found = None
-        if isinstance(choice, dict):
-            found = fitted(kernel, architecture, problem, Configuration(**choice))
+        found = fitted(kernel, architecture, problem, choice) if isinstance(choice, dict) else None
         return found or choose(kernel, architecture, problem)
 
     def trials(
         self, kernel: str, dtype: str, shape: Shape, device: torch.device
     ) -> list[tuple[Choice, Callable[[], object]]]:
+        """A convolution is timed as it ends a residual conv unit: with a sum, its weights still to be packed."""
         n, h, w, c, k, taps = shape
-        kind = getattr(torch, dtype.removeprefix("tf32 "))
-        x = nhwc(torch.randn(n, c, h, w, device=device, dtype=kind))
-        gy = nhwc(torch.randn(n, k, h, w, device=device, dtype=kind))
-        weight = torch.randn(k, c, 3 if taps == 9 else 1, 3 if taps == 9 else 1, device=device, dtype=kind)
-        problem, architecture, tf32 = _problem(x, k, taps), self._architecture(device), dtype.startswith("tf32")
-        packed, way_out = launches.pack(weight, kind), WayOut()
-        vendor: Callable[[], object] = partial(VendorConv._conv3x3, self, x, weight, PLAIN_IN, way_out, False)
-        if kernel == "weight_grad":
-            vendor = partial(VendorConv._conv3x3_weight_grad, self, x, gy, weight)
-        found: list[tuple[Choice, Callable[[], object]]] = [("vendor", vendor)]
-        for described in {architecture.has_descriptors and describable(kernel, problem), False}:
-            for configuration in candidates(kernel, architecture, problem, described):
-                if kernel == "conv3x3":
-                    several = launches.convolution(x, packed, gy, None, False, way_out, configuration, tf32=tf32)
-                else:
-                    several = launches.weight_gradient(x, gy, torch.empty_like(weight), False, configuration, tf32)
-                found.append((asdict(configuration), partial(self._run, *several)))
-        return found
+        kind, tf32 = getattr(torch, dtype.removeprefix("tf32 ")), dtype.startswith("tf32")
+        x, gy = (nhwc(torch.randn(n, m, h, w, device=device, dtype=kind)) for m in (c, k))
+        weight = torch.randn(k, c, *[3 if taps == 9 else 1] * 2, device=device, dtype=kind)
+        gw, y, way_out = torch.empty_like(weight), torch.empty_like(gy), WayOut(add=(gy,))
+
+        def own(configuration: Configuration) -> None:
+            if kernel == "weight_grad":
+                self._run(*launches.weight_gradient(x, gy, gw, False, configuration, tf32))
+            else:
+                packed = launches.pack(weight, kind)
+                self._run(*launches.convolution(x, packed, y, None, False, way_out, configuration, tf32=tf32))
+
+        def vendors() -> None:
+            if kernel == "weight_grad":
+                VendorConv._conv3x3_weight_grad(self, x, gy, weight)
+            else:
+                self.way_out(VendorConv._conv3x3(self, x, weight, PLAIN_IN, PLAIN_OUT, False), way_out)
+
+        known = candidates(kernel, self._architecture(device), launches.problem_of(x, k, taps, tf32))
+        return [("vendor", vendors), *((asdict(each), functools.partial(own, each)) for each in known)]
 
     def _run(self, *several: Launch) -> None:
         """On the device that holds the tensors, on its current stream."""
@@ -152,11 +170,9 @@ class Triton(Checked):
         return self._convolve(gy, weight, PLAIN_IN, way_out, rotated=True)
 
     def _is_vendors(self, x: Tensor, weight: Tensor, rotated: bool = False) -> bool:
-        """Whether the vendor's convolution runs this: its pixels are too many, or it is faster."""
-        if not _countable(x) or not x.numel():
-            return True
-        problem = _problem(x, weight.shape[1 if rotated else 0], weight.shape[2] * weight.shape[3])
-        return self._configuration("conv3x3", x.device, x.dtype, problem) is None
+        """Whether the vendor's convolution runs this: it is faster, or the sizes are beyond what the kernels count."""
+        k, taps = weight.shape[1 if rotated else 0], weight.shape[2] * weight.shape[3]
+        return not _countable(x, k) or self._configuration("conv3x3", x, k, taps) is None
 
     def _convolve(
         self,
@@ -168,15 +184,17 @@ class Triton(Checked):
         relued: Tensor | None = None,  # (N, K, H, W), written
     ) -> Tensor:  # (N, K, H, W)
         """The convolution, its ReLU into ``relued``; ``rotated``: that of an input gradient."""
-        x = self._take(x, "x")
+        x = aligned(self._take(x, "x"))
+        _check_weight(weight, "weight", x, 0 if rotated else 1)
         y = empty_nhwc(x, (x.shape[0], weight.shape[1 if rotated else 0], *x.shape[2:]))
         packed = launches.pack(weight, x.dtype, rotated)
         way_out = _matched(way_out, y)
         if way_in.pool:
-            self._run(launches.pool_convolution(x, packed, y, relued, way_in.relu, way_out, _tf32()))
+            self._run(launches.pool_convolution(x, packed, y, relued, way_in.relu, way_out, _tf32(x.dtype)))
             return y
-        chosen = self._configuration("conv3x3", x.device, x.dtype, launches.problem_of(x, packed))
-        self._run(*launches.convolution(x, packed, y, relued, way_in.relu, way_out, chosen, rotated, _tf32()))
+        taps, k, _ = packed.shape
+        chosen = self._configuration("conv3x3", x, k, taps)
+        self._run(*launches.convolution(x, packed, y, relued, way_in.relu, way_out, chosen, rotated, _tf32(x.dtype)))
         return y
 
     def conv3x3_weight_grad(self, x: Tensor, gy: Tensor, weight: Tensor, way_in: WayIn = PLAIN_IN) -> Tensor:
@@ -184,7 +202,7 @@ class Triton(Checked):
         # wgmma reads both operands from shared memory: a ReLU inside would write them there again at every step.
         if not way_in.relu or way_in.pool or chosen is None or chosen.described:
             return super().conv3x3_weight_grad(x, gy, weight, way_in)
-        return self._weight_gradient(x, gy, weight, chosen, relu_in=True)
+        return as_weight(self._weight_gradient(x, gy, weight, chosen, relu_in=True), weight)
 
     def _conv3x3_weight_grad(self, x: Tensor, gy: Tensor, weight: Tensor) -> Tensor:
         chosen = self._weight_grads(x, gy, weight)
@@ -194,10 +212,8 @@ class Triton(Checked):
 
     def _weight_grads(self, x: Tensor, gy: Tensor, weight: Tensor) -> Configuration | None:
         """The configuration of a weight gradient; None for the vendor's."""
-        if not gy.numel() or not _countable(x):
-            return None
-        problem = _problem(x, weight.shape[0], weight.shape[2] * weight.shape[3])
-        return self._configuration("weight_grad", x.device, x.dtype, problem)
+        k, _, r, _ = weight.shape
+        return self._configuration("weight_grad", x, k, r * r) if _countable(x, k) else None
 
     def _weight_gradient(
         self,
@@ -207,16 +223,18 @@ class Triton(Checked):
         chosen: Configuration,
         relu_in: bool = False,
     ) -> Tensor:  # (K, C, R, R)
-        x, gy = self._take(x, "x"), self._take(gy, "gy")
+        x = aligned(self._take(x, "x"))
+        _check_weight(weight, "weight", x, 1)
+        gy = aligned(match(gy, "gy", x, (x.shape[0], weight.shape[0], *x.shape[2:]), x.dtype))
         gw = torch.empty_like(weight)
         if gw.stride(2) != gw.shape[3] * gw.stride(3):
             gw = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
-        self._run(*launches.weight_gradient(x, gy, gw, relu_in, chosen, _tf32()))
+        self._run(*launches.weight_gradient(x, gy, gw, relu_in, chosen, _tf32(x.dtype)))
         return gw
 
     def bias_grad(self, gy: Tensor, bias: Tensor) -> Tensor:
         gy = self._take(gy, "gy")
-        if not gy.numel() or not _countable(gy):
+        if not _countable(gy, 1):
             return super().bias_grad(gy, bias)
         gb = torch.empty_like(bias)
         n, _, h, w = gy.shape
@@ -227,19 +245,21 @@ class Triton(Checked):
 
     def maxpool5(self, x: Tensor, relu: bool = False, argmax: bool = False) -> tuple[Tensor, Tensor | None]:
         x = self._take(x, "x")
+        if not _countable(x, 1):
+            return _PLAIN.maxpool5(x, relu, argmax)
         y = empty_nhwc(x, x.shape)
         which = empty_nhwc(x, x.shape, torch.uint8) if argmax else None
-        if x.numel():
-            self._run(launches.pool(x, y, which, relu))
+        self._run(launches.pool(x, y, which, relu))
         return y, which
 
     def maxpool5_backward(self, gy: Tensor, argmax: Tensor, add: Tensor | None = None) -> Tensor:
         gy = self._take(gy, "gy")
         argmax = match(argmax, "argmax", gy, gy.shape, torch.uint8)
         add = None if add is None else match(add, "add", gy, gy.shape, gy.dtype)
+        if not _countable(gy, 1):
+            return _PLAIN.maxpool5_backward(gy, argmax, add)
         gx = empty_nhwc(gy, gy.shape)
-        if gy.numel():
-            self._run(launches.pool_backward(gy, argmax, add, gx))
+        self._run(launches.pool_backward(gy, argmax, add, gx))
         return gx
 
     def bilinear(
@@ -254,37 +274,56 @@ class Triton(Checked):
         shape = (*x.shape[:2], *size)
         summed = None if add is None else match(add, "add", x, shape, x.dtype)
         y = summed if overwrite_add and summed is not None else empty_nhwc(x, shape)
-        if y.numel():
-            self._run(launches.upsampling(x, summed, y, align_corners))
+        if not (_countable(x, 1) and _countable(y, 1)):
+            return _PLAIN.bilinear(x, size, align_corners, summed, overwrite_add)
+        self._run(launches.upsampling(x, summed, y, align_corners))
         return y
 
     def bilinear_backward(self, gy: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
         gy = self._take(gy, "gy")
         gx = empty_nhwc(gy, (*gy.shape[:2], *size))
-        if gx.numel():
-            self._run(launches.upsampling_backward(gy, gx, align_corners))
+        if not (_countable(gx, 1) and _countable(gy, 1)):
+            return _PLAIN.bilinear_backward(gy, size, align_corners)
+        self._run(launches.upsampling_backward(gy, gx, align_corners))
         return gx
 
 
-def _countable(x: Tensor) -> bool:  # (N, C, H, W)
-    """Whether its pixels are counted in int32: others are the vendor's."""
-    return x.shape[0] * x.shape[2] * x.shape[3] <= launches.MOST_PIXELS
-
-
-def _problem(x: Tensor, k: int, taps: int) -> Problem:  # x: (N, C, H, W)
+def _countable(
+    x: Tensor,  # (N, C, H, W)
+    k: int,
+) -> bool:
+    """Whether there is something to do, and the kernels' int32 and CUDA's grids count it: other sizes run elsewhere."""
     n, c, h, w = x.shape
-    return Problem(n, h, w, c, k, taps, x.element_size())
+    counted = max(n, h) <= GRID and max(n * h * w, w * c, 9 * k * c) <= launches.MOST_PIXELS
+    return x.numel() > 0 and k > 0 and counted
+
+
+def aligned(t: Tensor) -> Tensor:  # (N, C, H, W) in NHWC memory
+    """``t``, its address a multiple of 16 bytes, as tensor maps need it; a copy of a slice may be."""
+    return t if t.data_ptr() % VECTOR == 0 else empty_nhwc(t, t.shape).copy_(t)
+
+
+def _check_weight(weight: Tensor, argument: str, x: Tensor, channels: int) -> None:
+    """Below here it is an address: its dimension ``channels`` has those of x (N, C, H, W), on the same device."""
+    if weight.shape[channels] != x.shape[1] or weight.device != x.device:
+        expected, got = f"{x.shape[1]} on {x.device}", f"{weight.shape[channels]} on {weight.device}"
+        raise ValueError(f"{argument}: expected dimension {channels} to be {expected}, got {got}")
 
 
 def _arithmetic(dtype: torch.dtype) -> str:
     """As tables name it."""
     name = str(dtype).removeprefix("torch.")
-    return f"tf32 {name}" if dtype == torch.float32 and _tf32() else name
+    return f"tf32 {name}" if dtype == torch.float32 and _tf32(dtype) else name
 
 
-def _tf32() -> bool:
-    """Whether cuDNN's float32 convolutions would use TF32."""
-    return torch.backends.cudnn.allow_tf32
+def _tf32(dtype: torch.dtype) -> bool:
+    """Whether cuDNN's convolutions of float32 would use TF32; True for other types, which do not ask."""
+    if dtype != torch.float32:
+        return True
+    try:
+        return torch.backends.cudnn.allow_tf32
+    except RuntimeError:  # set by PyTorch's newer switch, which the older one then refuses to answer for
+        return torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
 
 
 def _matched(way_out: WayOut, y: Tensor) -> WayOut:  # y: (N, K, H, W)
@@ -294,6 +333,8 @@ def _matched(way_out: WayOut, y: Tensor) -> WayOut:  # y: (N, K, H, W)
         return tuple(match(t, argument, y, y.shape, y.dtype) for t in tensors)
 
     bias, select, low = way_out.bias, way_out.select, way_out.upsample
+    if bias is not None and (tuple(bias.shape) != (y.shape[1],) or bias.device != y.device):
+        raise ValueError(f"bias: expected {(y.shape[1],)} on {y.device}, got {tuple(bias.shape)} on {bias.device}")
     return WayOut(
         None if bias is None else bias.detach().contiguous().resolve_neg(),
         way_out.relu,

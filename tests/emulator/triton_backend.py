@@ -15,7 +15,7 @@ from emulator.parser import Kernel, parse
 from emulator.tensormap import TensorMap
 from emulator.unit import LOCKSTEP, Schedule
 from refinenet_fast.backends.ahead import compile_ahead
-from refinenet_fast.backends.configurations import A100, B200, H100, Architecture, Configuration, Problem
+from refinenet_fast.backends.configurations import A100, B200, H100, Architecture, Configuration
 from refinenet_fast.backends.launches import Launch
 from refinenet_fast.backends.triton import Triton
 
@@ -51,15 +51,14 @@ class EmulatedTriton(Triton):
     def _architecture(self, device: torch.device) -> Architecture:
         return ARCHITECTURES[self.capability]
 
-    def _configuration(
-        self, kernel: str, device: torch.device, dtype: torch.dtype, problem: Problem
-    ) -> Configuration | None:
-        return self.configuration or super()._configuration(kernel, device, dtype, problem)
+    def _configuration(self, kernel: str, x: Tensor, k: int, taps: int) -> Configuration | None:
+        return self.configuration or super()._configuration(kernel, x, k, taps)
 
     def _run(self, *several: Launch) -> None:
         for launch in several:
             compiled = compile_ahead(launch, self.capability)
             metadata = compiled.metadata
+            assert metadata.shared <= launch.room, f"{launch}: {metadata.shared} bytes of shared memory"
             maps = iter(metadata.tensordesc_meta or [])
             given = [
                 parameter
