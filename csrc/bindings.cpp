@@ -80,6 +80,13 @@ void conv3x3_pack(Address weight, const std::array<int64_t, 4>& strides, int64_t
   cpu::kernels().conv3x3_pack(p, threads);
 }
 
+void weight_grad(Address x, Address gy, Address gw, const std::array<int64_t, 4>& strides, Address gb, int64_t n,
+                 int64_t h, int64_t w, int64_t c, int64_t k, bool relu_in, int threads) {
+  WeightGrad p{at<void>(x), at<void>(gy), at<float>(gw), {}, at<float>(gb), {n, h, w, c}, k, relu_in};
+  for (int i = 0; i < 4; ++i) p.strides[i] = strides[i];
+  cpu::kernels().weight_grad(p, threads);
+}
+
 // What one kernel is called on each device.
 template <class Arguments>
 struct Entry {
@@ -152,6 +159,7 @@ PYBIND11_MODULE(_C, m) {
   define<BilinearBackward>(m, REFINENET_FAST_ENTRY(bilinear_backward), bilinear_backward);
   m.def("cpu_conv3x3", conv3x3, py::call_guard<py::gil_scoped_release>());
   m.def("cpu_conv3x3_pack", conv3x3_pack, py::call_guard<py::gil_scoped_release>());
+  m.def("cpu_weight_grad", weight_grad, py::call_guard<py::gil_scoped_release>());
   m.def("cpu_conv3x3_packed_elements",
         [](int64_t k, int64_t c) { return cpu::kernels().conv3x3_packed_elements(k, c); });
   m.def(

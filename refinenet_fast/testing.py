@@ -377,7 +377,7 @@ def check_kernels(kernels: Backend, shape: Sequence[int], data: Data) -> Iterato
     gy, low = data(n, c + 1, h, w, salt=5), data(n, c + 1, (h + 1) // 2, (w + 1) // 2, salt=6)
     with poisoned():
         y = kernels.conv3x3(x, weight, WayIn(relu=True, pool=True), WayOut(bias, True, gy, (gy,), (gy,), low))
-        gw = kernels.conv3x3_weight_grad(x, gy, weight, WayIn(relu=True))
+        gw, gb = kernels.parameter_grads(x, gy, weight, bias, WayIn(relu=True))
         gx = kernels.conv3x3_input_grad(gy, weight)
 
     def all_steps(x: Tensor, weight: Tensor, bias: Tensor, gy: Tensor, low: Tensor) -> Tensor:
@@ -386,7 +386,11 @@ def check_kernels(kernels: Backend, shape: Sequence[int], data: Data) -> Iterato
 
     yield "conv3x3", "forward", *compare([y], all_steps, [x, weight, bias, gy, low], winograd=winograd)
     yield "conv3x3", "backward", *compare([gx], lambda x: conv(x, weight), [x], gy, winograd)
-    yield "conv3x3_weight_grad", "backward", *compare([gw], lambda w: conv(x.to(w.dtype).relu(), w), [weight], gy)
+    yield (
+        "conv3x3_weight_grad",
+        "backward",
+        *compare([gw, gb], lambda w, b: conv(x.to(w.dtype).relu(), w, b), [weight, bias], gy, winograd),
+    )
 
 
 def check_backends(device: str) -> list[dict[str, Any]]:

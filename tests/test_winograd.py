@@ -27,6 +27,7 @@ def always(monkeypatch):
     monkeypatch.setattr(winograd, "FEWEST_CHANNELS", 1)
     monkeypatch.setattr(winograd, "FEWEST_PIXELS", 0)
     monkeypatch.setattr(winograd, "FEWEST_PIXELS_UNPACKED", 0)
+    monkeypatch.setattr(winograd, "FEWEST_PIXELS_GRADIENT", 0)
     monkeypatch.setattr(winograd, "MOST_PRODUCTS", math.inf)
 
 
@@ -57,6 +58,23 @@ def test_512_channels_at_16_are_chosen_for_inference_only():
 def test_any_size(always, isa, shape):
     for op, direction, error, limit in testing.check_kernels(get("cpu"), shape, Data()):
         assert error <= limit, f"{op} {direction}: error {error:.3g}, limit {limit:.3g}"
+
+
+def test_a_weight_gradient_of_more_tiles_than_are_transformed_at_once():
+    """1600 tiles of 256 channels: a chunk and the rest; the bias's gradient with it, the same bits on one thread."""
+    data = Data()
+    x, gy, weight, bias = data(1, 256, 157, 159), data(1, 24, 157, 159, salt=1), data.weight(24, 256, 3, 2), data(24)
+    assert winograd.gradient_pays(x, weight)
+    grads = winograd.weight_gradient(x, gy, weight, bias, relu_in=True)
+    error, limit = compare(grads, lambda w, b: conv(x.to(w.dtype).relu(), w, b), [weight, bias], gy, winograd=True)
+    assert error <= limit
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        again = winograd.weight_gradient(x, gy, weight, bias, relu_in=True)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(grads, again, strict=True))
 
 
 @pytest.mark.parametrize("first, second", list(itertools.combinations_with_replacement(STEPS, 2)))

@@ -51,6 +51,18 @@ struct Conv3x3 {
   bool relu_in, relu_out;
 };
 
+// Gradient of that convolution in its weight, and in its bias where `gb` is not null.
+struct WeightGrad {
+  const void* x;       // [N, H, W, C], before the ReLU
+  const void* gy;      // [N, H, W, K]
+  float* gw;           // [K, C, 3, 3]
+  int64_t strides[4];  // of gw, in elements
+  float* gb;           // [K] or null
+  Shape shape;         // of x; none is 0
+  int64_t k;
+  bool relu_in;
+};
+
 // Weights transformed and packed as an instruction set's conv3x3 reads them.
 struct PackConv3x3 {
   const float* weight;  // [K, C, 3, 3]

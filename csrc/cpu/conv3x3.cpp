@@ -5,9 +5,8 @@
 // weights are read from the outer cache once per block.
 #include "cpu/gemm.h"
 #include "cpu/kernels.h"
-#include "cpu/simd.h"
+#include "cpu/patches.h"
 #include "cpu/threads.h"
-#include "cpu/winograd.h"
 
 namespace refinenet_fast::cpu::REFINENET_FAST_ISA {
 namespace {
@@ -19,31 +18,16 @@ constexpr int64_t kBlockBytes = 704 * 1024;
 #else
 constexpr int64_t kBlockBytes = 512 * 1024;
 #endif
-// Elements between things that are written together and would be a power of two apart: they would fall into the same
-// few sets of the cache otherwise.
-constexpr int64_t kStagger = 48;
-
 // From one point's weights of a panel, [C][kPanel], to the next one's.
 int64_t point_elements(int64_t c) { return c * kPanel + kStagger; }
 
-// From one tile's transformed patch to the next one's.
-int64_t patch_pitch(int64_t c) { return round_up(c, kLanes) + 16; }
-
-// Where a tile's outputs are: image n, rows from y, columns from x.
-struct Tile {
-  int64_t n, y, x;
-};
-
 // How the work is divided. The tiles of a block depend on the sizes alone. Panels are divided among threads where there
 // are few blocks, which changes no sum.
-struct Division {
-  int64_t across, down, tiles, block, blocks, panels, slices;
+struct Division : Tiling {
+  int64_t block, blocks, panels, slices;
 
-  Division(const Conv3x3& p, int threads) {
+  Division(const Conv3x3& p, int threads) : Tiling(p.shape) {
     constexpr int64_t kItemsPerThread = 4;
-    across = ceil_div(p.shape.w, kTile);
-    down = ceil_div(p.shape.h, kTile);
-    tiles = p.shape.n * down * across;
     const int64_t fit = kBlockBytes / (kPoints * 4 * (patch_pitch(p.shape.c) + kPanel));
     block = smaller(tiles, larger(kMaxRows, fit / kMaxRows * kMaxRows));
     blocks = ceil_div(tiles, block);
@@ -51,38 +35,7 @@ struct Division {
     const int64_t wanted = ceil_div(kItemsPerThread * threads, blocks);
     slices = threads == 1 ? 1 : smaller(panels, wanted);
   }
-
-  Tile tile(int64_t index) const {
-    return {index / across / down, index / across % down * kTile, index % across * kTile};
-  }
 };
-
-// One tile's patch, transformed, to v[point][c].
-template <bool kRelu>
-void transform_patch(const Conv3x3& p, const Tile& tile, float* v /* [36][.][pitch] */, int64_t point_stride) {
-  const Shape& s = p.shape;
-  int64_t at[kPoints];  // of the patch's pixels in x, -1 outside the image
-  for (int64_t i = 0; i < kPoints; ++i) {
-    const int64_t row = tile.y - 1 + i / kPatch, column = tile.x - 1 + i % kPatch;
-    const bool inside = row >= 0 && row < s.h && column >= 0 && column < s.w;
-    at[i] = inside ? ((tile.n * s.h + row) * s.w + column) * s.c : -1;
-  }
-  const float* x = static_cast<const float*>(p.x);
-  for_channels(s.c, [&](int64_t c, auto lanes) {
-    Float patch[kPoints];
-    for (int64_t j = 0; j < kPatch; ++j) {
-      for (int64_t i = j; i < kPoints; i += kPatch) {
-        const Float value = at[i] < 0 ? Float{} : load(x + at[i] + c, lanes);
-        patch[i] = kRelu ? relu(value) : value;
-      }
-      winograd_input(patch + j, patch + j, kPatch);
-    }
-    for (int64_t i = 0; i < kPatch; ++i) {
-      winograd_input(patch + i * kPatch, patch + i * kPatch, 1);
-      for (int64_t j = 0; j < kPatch; ++j) store(v + (i * kPatch + j) * point_stride + c, patch[i * kPatch + j]);
-    }
-  });
-}
 
 // One tile's products for some channels, transformed back, and the way out.
 template <class Count>
@@ -132,8 +85,9 @@ struct Scratch {
 void convolve_block(const Conv3x3& p, const Division& d, int64_t block, int64_t first, int64_t last, const Scratch& s) {
   const int64_t begin = block * d.block, tiles = smaller(d.block, d.tiles - begin);
   for (int64_t t = 0; t < tiles; ++t) {
-    p.relu_in ? transform_patch<true>(p, d.tile(begin + t), s.v + t * s.pitch, s.v_stride)
-              : transform_patch<false>(p, d.tile(begin + t), s.v + t * s.pitch, s.v_stride);
+    const float* x = static_cast<const float*>(p.x);
+    p.relu_in ? transform_patch<true>(x, p.shape, d.tile(begin + t), s.v + t * s.pitch, s.v_stride)
+              : transform_patch<false>(x, p.shape, d.tile(begin + t), s.v + t * s.pitch, s.v_stride);
   }
   for (int64_t panel = first; panel < last; ++panel) {
     for (int64_t i = 0; i < kPoints; ++i) {

@@ -8,19 +8,20 @@
 
 namespace refinenet_fast::cpu {
 
-#define REFINENET_FAST_DECLARE(ISA)                                                                        \
-  namespace ISA {                                                                                          \
-  void maxpool5(const MaxPool5&, int threads);                                                             \
-  void maxpool5_backward(const MaxPool5Backward&, int threads);                                            \
-  void bilinear(const Bilinear&, int threads);                                                             \
-  void bilinear_backward(const BilinearBackward&, int threads);                                            \
-  void conv3x3(const Conv3x3&, int threads);                                                               \
-  void conv3x3_pack(const PackConv3x3&, int threads);                                                      \
-  int64_t conv3x3_packed_elements(int64_t k, int64_t c);                                                   \
-  }                                                                                                        \
-  static const Kernels kernels_##ISA = {                                                                   \
-      #ISA,         ISA::maxpool5,     ISA::maxpool5_backward,      ISA::bilinear, ISA::bilinear_backward, \
-      ISA::conv3x3, ISA::conv3x3_pack, ISA::conv3x3_packed_elements};
+#define REFINENET_FAST_DECLARE(ISA)                                                                           \
+  namespace ISA {                                                                                             \
+  void maxpool5(const MaxPool5&, int threads);                                                                \
+  void maxpool5_backward(const MaxPool5Backward&, int threads);                                               \
+  void bilinear(const Bilinear&, int threads);                                                                \
+  void bilinear_backward(const BilinearBackward&, int threads);                                               \
+  void conv3x3(const Conv3x3&, int threads);                                                                  \
+  void conv3x3_pack(const PackConv3x3&, int threads);                                                         \
+  int64_t conv3x3_packed_elements(int64_t k, int64_t c);                                                      \
+  void weight_grad(const WeightGrad&, int threads);                                                           \
+  }                                                                                                           \
+  static const Kernels kernels_##ISA = {                                                                      \
+      #ISA,         ISA::maxpool5,     ISA::maxpool5_backward,       ISA::bilinear,   ISA::bilinear_backward, \
+      ISA::conv3x3, ISA::conv3x3_pack, ISA::conv3x3_packed_elements, ISA::weight_grad};
 
 REFINENET_FAST_DECLARE(baseline)
 #ifdef REFINENET_FAST_HAVE_AVX2

@@ -17,6 +17,7 @@ struct Kernels {
   void (*conv3x3)(const Conv3x3&, int threads);
   void (*conv3x3_pack)(const PackConv3x3&, int threads);
   int64_t (*conv3x3_packed_elements)(int64_t k, int64_t c);
+  void (*weight_grad)(const WeightGrad&, int threads);
 };
 
 // The instruction sets built in that this processor has, best first; `count` of them.

@@ -48,4 +48,28 @@ static inline void winograd_output(const Float* m /* [6] */, Float* y /* [4] */,
   y[3 * to] = 0.5f * kRootHalf * difference_p + 2.0f * kRootTwo * difference_q + m[5 * from];
 }
 
+// The weight gradient is the transposed algorithm, G^T [sum over tiles (B^T d B) . (A dY A^T)] G.
+
+// m = A y, along one side.
+static inline void winograd_output_transposed(const Float* y /* [4] */, Float* m /* [6] */, int64_t from, int64_t to) {
+  const Float y0 = y[0], y1 = y[from], y2 = y[2 * from], y3 = y[3 * from];
+  const Float even_p = y0 + 0.5f * y2, odd_p = kRootHalf * (y1 + 0.5f * y3);
+  const Float even_q = y0 + 2.0f * y2, odd_q = kRootTwo * (y1 + 2.0f * y3);
+  m[0] = y0;
+  m[to] = even_p + odd_p;
+  m[2 * to] = even_p - odd_p;
+  m[3 * to] = even_q + odd_q;
+  m[4 * to] = even_q - odd_q;
+  m[5 * to] = y3;
+}
+
+// g = G^T u, along one side.
+static inline void winograd_weights_transposed(const Float* u /* [6] */, Float* g /* [3] */, int64_t from, int64_t to) {
+  const Float sum_p = u[from] + u[2 * from], difference_p = u[from] - u[2 * from];
+  const Float sum_q = u[3 * from] + u[4 * from], difference_q = u[3 * from] - u[4 * from];
+  g[0] = u[0] - (2.0f / 3) * sum_p + (1.0f / 6) * sum_q;
+  g[to] = (kRootTwo / 6) * difference_q - (kRootHalf * 2.0f / 3) * difference_p;
+  g[2 * to] = (1.0f / 3) * (sum_q - sum_p) + u[5 * from];
+}
+
 }  // namespace refinenet_fast::cpu::REFINENET_FAST_ISA

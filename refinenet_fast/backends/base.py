@@ -197,6 +197,18 @@ class Backend(ABC):
         wide = torch.promote_types(gy.dtype, torch.float32)
         return gy.sum((0, 2, 3), dtype=wide).to(bias.dtype)
 
+    def parameter_grads(
+        self,
+        x: Tensor,  # (N, C, H, W), as saved: before the way in
+        gy: Tensor,  # (N, K, H, W)
+        weight: Tensor | None,  # (K, C, 3, 3) or (K, C, 1, 1)
+        bias: Tensor | None,  # (K,)
+        way_in: WayIn = PLAIN_IN,
+    ) -> tuple[Tensor | None, Tensor | None]:  # as weight; as bias
+        """Gradients of ``conv3x3`` in its weight and its bias; None is given where one is not wanted, and returned."""
+        gw = None if weight is None else self.conv3x3_weight_grad(x, gy, weight, way_in)
+        return gw, None if bias is None else self.bias_grad(gy, bias)
+
     def _compose_in(self, x: Tensor, way_in: WayIn, fused: frozenset[str]) -> tuple[Tensor, WayIn]:
         if way_in.pool and "pool" not in fused:
             return self.maxpool5(x, relu=way_in.relu)[0], PLAIN_IN

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from refinenet_fast import _native
 from refinenet_fast.backends import winograd
-from refinenet_fast.backends.base import PLAIN_IN, PLAIN_OUT, Fused, WayIn, WayOut, fixed_order, split
+from refinenet_fast.backends.base import PLAIN_IN, PLAIN_OUT, Fused, VendorConv, WayIn, WayOut, fixed_order, split
 from refinenet_fast.backends.native import Native
 from refinenet_fast.backends.packed import PackedWeights
 from refinenet_fast.backends.table import Choice, Shape
@@ -44,6 +44,12 @@ class Cpu(Native):
         if taps != 9:
             return []
         x, weight, pack = nhwc(torch.randn(n, c, h, w)), torch.randn(k, c, 3, 3), kernel == "conv3x3"
+        if kernel == "weight_grad":
+            gy = nhwc(torch.randn(n, k, h, w))
+            return [
+                ("vendor", partial(VendorConv._conv3x3_weight_grad, self, x, gy, weight)),
+                ("winograd", partial(winograd.weight_gradient, x, gy, weight, None, False)),
+            ]
         kept = self.packed if pack else None
         return [
             ("vendor", partial(self._onednn, x, weight, PLAIN_IN, PLAIN_OUT, pack)),
@@ -66,6 +72,18 @@ class Cpu(Native):
             return super().conv3x3_input_grad(gy, weight, way_out)
         fused, left = split(way_out, winograd.FUSES.way_out)
         return self.way_out(winograd.convolve(gy, weight, PLAIN_IN, fused, packed=None, rotated=True), left)
+
+    def conv3x3_weight_grad(self, x: Tensor, gy: Tensor, weight: Tensor, way_in: WayIn = PLAIN_IN) -> Tensor:
+        return self.parameter_grads(x, gy, weight, None, way_in)[0]
+
+    def parameter_grads(
+        self, x: Tensor, gy: Tensor, weight: Tensor | None, bias: Tensor | None, way_in: WayIn = PLAIN_IN
+    ) -> tuple[Tensor | None, Tensor | None]:
+        if weight is None or not winograd.gradient_pays(x, weight):
+            gw = None if weight is None else super().conv3x3_weight_grad(x, gy, weight, way_in)
+            return gw, None if bias is None else self.bias_grad(gy, bias)
+        x, way_in = self._compose_in(x, way_in, winograd.FUSES.way_in)
+        return winograd.weight_gradient(x, gy, weight, bias, way_in.relu)
 
     def _onednn(self, x: Tensor, weight: Tensor, way_in: WayIn, way_out: WayOut, pack: bool) -> Tensor:
         if not (pack and _onednn_runs(x)):  # a reorder of its own at every call would cost more than it saves

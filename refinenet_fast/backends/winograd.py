@@ -1,4 +1,4 @@
-"""The ``cpu`` backend's own 3x3 convolution: Winograd's F(4x4, 3x3) in float32, from the compiled core.
+"""The ``cpu`` backend's own 3x3 convolution and its gradients: Winograd's F(4x4, 3x3), float32, from the compiled core.
 
 It performs every step on the way in and out but the pool and the upsampling. Its error against float64 is two to three
 times the vendor's (1.6e-6 at 256 channels, 4.8e-6 at 2048), in return for a quarter of the multiplications. Sums grow
@@ -27,6 +27,7 @@ FEWEST_CHANNELS = 16  # of the input and of the output
 MOST_PRODUCTS = 3.5
 # Pixels below which reading the weights, transformed four times as many, costs more than the products that are saved;
 # and below which transforming them for one call does, where they fit in the outer cache as those of 256 channels do.
+FEWEST_PIXELS_GRADIENT = 200  # below, its sums of 36 matrices are written and read more than multiplied
 FEWEST_PIXELS, FEWEST_PIXELS_UNPACKED, CACHED_WEIGHTS = 48, 200, 256 * 256
 
 
@@ -120,6 +121,49 @@ def convolve(
         torch.get_num_threads(),
     )
     return y
+
+
+def gradient_pays(
+    x: Tensor,  # (N, C, H, W)
+    weight: Tensor,  # (K, C, R, R)
+) -> bool:
+    """As :func:`pays`, of the weight gradient."""
+    if not runs(x, weight):
+        return False
+    family, _, dtype, shape = question(x, weight, packed=False)
+    choice = lookup(Question(family, "cpu weight_grad", dtype, shape))
+    if choice in ("winograd", "vendor"):
+        return choice == "winograd"
+    n, h, w, c, k, _ = shape
+    products = 36 * -(-h // 4) * -(-w // 4)
+    return min(c, k) >= FEWEST_CHANNELS and n * h * w >= FEWEST_PIXELS_GRADIENT and products <= MOST_PRODUCTS * h * w
+
+
+def weight_gradient(
+    x: Tensor,  # (N, C, H, W)
+    gy: Tensor,  # (N, K, H, W)
+    weight: Tensor,  # (K, C, 3, 3): for its strides
+    bias: Tensor | None,  # (K,): whether its gradient is wanted
+    relu_in: bool,
+) -> tuple[Tensor, Tensor | None]:  # (K, C, 3, 3), (K,)
+    """Gradients in the weight and the bias, sums over the tiles in their order.
+
+    Raises:
+        RuntimeError: ``x`` is not on a CPU or not float32.
+        ValueError: Another tensor does not go with ``x``; names it, what was expected and what came.
+    """
+    core = _native._C
+    assert core is not None
+    x = nhwc(x)
+    n, c, h, w = x.shape
+    k = weight.shape[0]
+    _check(x, weight, (k, c), bias, k)
+    gy = match(gy, "gy", x, (n, k, h, w), torch.float32)
+    gw = torch.empty_like(weight, dtype=torch.float32)
+    gb = None if bias is None else torch.empty(k, dtype=torch.float32, device="cpu")
+    addresses = (pointer(x), pointer(gy), pointer(gw), list(gw.stride()), pointer(gb))
+    core.cpu_weight_grad(*addresses, n, h, w, c, k, relu_in, torch.get_num_threads())
+    return gw, gb
 
 
 def _check(

@@ -126,11 +126,9 @@ def _backward(
         deeper = need_x or any(need_weights[:k]) or any(need_biases[:k])
         read, argmax = _kept(x, saved, k, order)
         g, at_conv = stage(kernels, g, gy, weights[k], argmax, deeper)
-        if need_weights[k]:
-            way_in = WayIn(relu=order == "conv-pool" and k == 0)
-            grad_weights[k] = kernels.conv3x3_weight_grad(read, at_conv, weights[k], way_in)
-        if need_biases[k]:
-            grad_biases[k] = kernels.bias_grad(at_conv, biases[k])
+        w, b = weights[k] if need_weights[k] else None, biases[k] if need_biases[k] else None
+        way_in = WayIn(relu=order == "conv-pool" and k == 0)
+        grad_weights[k], grad_biases[k] = kernels.parameter_grads(read, at_conv, w, b, way_in)
         if not deeper:
             break
     return [select(g, x) if need_x else None, *grad_weights, *grad_biases]

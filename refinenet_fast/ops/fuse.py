@@ -124,10 +124,8 @@ def _backward(
         g = at_size[own]
         if need_x:
             grads[i] = nhwc(g.clone()) if w is None else kernels.conv3x3_input_grad(g, w)
-        if need_w:
-            grads[paths + i] = kernels.conv3x3_weight_grad(x, g, w)
-        if need_b:
-            grads[2 * paths + i] = kernels.bias_grad(g, b)
+        wanted = w if need_w else None, b if need_b else None
+        grads[paths + i], grads[2 * paths + i] = kernels.parameter_grads(x, g, *wanted)
     return grads
 
 

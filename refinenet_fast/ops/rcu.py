@@ -152,14 +152,12 @@ def _unit_backward(
     gx = gw1 = gb1 = None
     if need_x or need_w1 or need_b1:
         gh = kernels.conv3x3_input_grad(gy, w2, WayOut(select=h))
-        gw1 = kernels.conv3x3_weight_grad(x, gh, w1, way_in) if need_w1 else None
-        gb1 = kernels.bias_grad(gh, b1) if need_b1 else None
+        gw1, gb1 = kernels.parameter_grads(x, gh, w1 if need_w1 else None, b1 if need_b1 else None, way_in)
         if need_x and skip == "raw":
             gx = kernels.conv3x3_input_grad(gh, w1, WayOut(select=x, add=(gy,)))
         elif need_x:
             gx = select(kernels.conv3x3_input_grad(gh, w1, WayOut(add=(gy,))), x)
-    gw2 = kernels.conv3x3_weight_grad(h, gy, w2) if need_w2 else None
-    gb2 = kernels.bias_grad(gy, b2) if need_b2 else None
+    gw2, gb2 = kernels.parameter_grads(h, gy, w2 if need_w2 else None, b2 if need_b2 else None)
     return [gx, gw1, gb1, gw2, gb2]
 
 
