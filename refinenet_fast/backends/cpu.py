@@ -57,7 +57,7 @@ class Cpu(Native):
         ]
 
     def is_winograd(self, x: Tensor, weight: Tensor) -> bool:
-        return winograd.pays(x, weight, packed=True)
+        return any(winograd.pays(x, weight, packed) for packed in (True, False)) or winograd.gradient_pays(x, weight)
 
     def fuses(self, x: Tensor, weight: Tensor, pack: bool) -> Fused:
         return winograd.FUSES if winograd.pays(x, weight, pack) else ONEDNN_FUSES
