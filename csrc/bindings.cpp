@@ -52,8 +52,9 @@ BilinearBackward bilinear_backward(Address gy, Address gx, int64_t n, int64_t h,
 }
 
 void conv3x3(Address x, Address weights, Address bias, Address select, const std::vector<Address>& add,
-             const std::vector<Address>& add_relu, Address y, int64_t n, int64_t h, int64_t w, int64_t c, int64_t k,
-             bool relu_in, bool relu_out, int threads) {
+             const std::vector<Address>& add_relu, Address low, int64_t low_h, int64_t low_w, bool align_corners,
+             Address y, int64_t n, int64_t h, int64_t w, int64_t c, int64_t k, int dtype, bool relu_in, bool pool_in,
+             bool relu_out, int threads) {
   std::vector<const void*> adds;
   for (Address other : add) adds.push_back(at<void>(other));
   for (Address other : add_relu) adds.push_back(at<void>(other));
@@ -65,10 +66,15 @@ void conv3x3(Address x, Address weights, Address bias, Address select, const std
                           adds.data(),
                           all,
                           raw,
+                          at<void>(low),
+                          {low_h, h, align_corners},
+                          {low_w, w, align_corners},
                           at<void>(y),
                           {n, h, w, c},
                           k,
+                          static_cast<DType>(dtype),
                           relu_in,
+                          pool_in,
                           relu_out},
                          threads);
 }
@@ -81,8 +87,9 @@ void conv3x3_pack(Address weight, const std::array<int64_t, 4>& strides, int64_t
 }
 
 void weight_grad(Address x, Address gy, Address gw, const std::array<int64_t, 4>& strides, Address gb, int64_t n,
-                 int64_t h, int64_t w, int64_t c, int64_t k, bool relu_in, int threads) {
-  WeightGrad p{at<void>(x), at<void>(gy), at<float>(gw), {}, at<float>(gb), {n, h, w, c}, k, relu_in};
+                 int64_t h, int64_t w, int64_t c, int64_t k, int dtype, bool relu_in, int threads) {
+  const DType type = static_cast<DType>(dtype);
+  WeightGrad p{at<void>(x), at<void>(gy), at<float>(gw), {}, at<float>(gb), {n, h, w, c}, k, type, relu_in};
   for (int i = 0; i < 4; ++i) p.strides[i] = strides[i];
   cpu::kernels().weight_grad(p, threads);
 }

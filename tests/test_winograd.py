@@ -18,7 +18,8 @@ from refinenet_fast.testing import Data, compare, conv
 if _native._C is None:
     pytest.skip(f"{_native.missing}", allow_module_level=True)
 
-STEPS = ("bias", "relu", "select", "add", "add_relu")
+STEPS = ("bias", "relu", "select", "add", "add_relu", "upsample")
+DTYPES = [torch.float32, torch.bfloat16]
 
 
 @pytest.fixture
@@ -44,7 +45,7 @@ def isa(request):
 def test_it_is_chosen_at_refinenets_shapes(channels, side, packed):
     x, weight = torch.empty(1, channels, side, side), torch.empty(channels, channels, 3, 3)
     assert winograd.pays(x, weight, packed)
-    assert not winograd.pays(x.bfloat16(), weight, packed) and not winograd.pays(x.double(), weight, packed)
+    assert not winograd.pays(x.half(), weight, packed) and not winograd.pays(x.double(), weight, packed)
     assert not winograd.pays(x, torch.empty(channels, channels, 1, 1), packed)
     assert not winograd.pays(x[:, :8], torch.empty(channels, 8, 3, 3), packed)
 
@@ -54,9 +55,17 @@ def test_512_channels_at_16_are_chosen_for_inference_only():
     assert winograd.pays(x, weight, packed=True) and not winograd.pays(x, weight, packed=False)
 
 
+@pytest.mark.parametrize("amx", [True, False])
+def test_bfloat16_is_the_vendors_where_the_processor_multiplies_it(amx, monkeypatch):
+    monkeypatch.setattr(winograd, "_multiplies_bfloat16", lambda: amx)
+    x, weight = torch.empty(1, 256, 64, 64, dtype=torch.bfloat16), torch.empty(256, 256, 3, 3)
+    assert winograd.pays(x, weight, packed=True) is not amx and winograd.gradient_pays(x, weight) is not amx
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [*testing.ODD, (1, 1, 4, 5), (2, 9, 8, 3), (1, 70, 5, 6), (1, 40, 21, 22)], ids=str)
-def test_any_size(always, isa, shape):
-    for op, direction, error, limit in testing.check_kernels(get("cpu"), shape, Data()):
+def test_any_size(always, isa, shape, dtype):
+    for op, direction, error, limit in testing.check_kernels(get("cpu"), shape, Data(dtype)):
         assert error <= limit, f"{op} {direction}: error {error:.3g}, limit {limit:.3g}"
 
 
@@ -77,30 +86,60 @@ def test_a_weight_gradient_of_more_tiles_than_are_transformed_at_once():
     assert all(torch.equal(a, b) for a, b in zip(grads, again, strict=True))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("shape", [(1, 3, 1, 1), (2, 19, 5, 4), (1, 9, 13, 10)], ids=str)
+def test_the_pool_on_the_way_in(always, isa, shape, relu, dtype):
+    data = Data(dtype)
+    x, weight = data(*shape), data.weight(21, shape[1], 3, salt=1)
+    y = get("cpu").conv3x3(x, weight, WayIn(relu=relu, pool=True), pack=True)
+
+    def plain(x, weight):
+        return conv(testing.maxpool(x.relu() if relu else x), weight)
+
+    error, limit = compare([y], plain, [x, weight], winograd=True)
+    assert error <= limit
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_nan_spreads_over_its_pool_and_the_tiles_it_touches(always, isa, dtype):
+    """And -inf outside of the image over nothing."""
+    x = torch.ones(1, 9, 40, 40, dtype=dtype)
+    x[0, 4, 20, 20] = torch.nan
+    y = get("cpu").conv3x3(x, torch.ones(3, 9, 3, 3), WayIn(pool=True), pack=True)
+    must, may = torch.zeros(40, 40, dtype=torch.bool), torch.zeros(40, 40, dtype=torch.bool)
+    must[17:24, 17:24], may[16:24, 16:24] = True, True  # pooled 18 ... 22, then its neighbours; whole tiles of 4
+    assert y.isnan()[0][:, must].all() and not y.isnan()[0][:, ~may].any() and y.isinf().sum() == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("first, second", list(itertools.combinations_with_replacement(STEPS, 2)))
-def test_each_pair_of_steps(always, isa, first, second):
-    data, shape, steps = Data(), (2, 5, 6, 7), {first, second}
+def test_each_pair_of_steps(always, isa, first, second, dtype):
+    data, shape, steps = Data(dtype), (2, 5, 6, 7), {first, second}
     x, weight, (n, _, h, w), k = data(*shape), data.weight(19, 5, 3, salt=1), shape, 19
     bias, mask = data(k, salt=2), data(n, k, h, w, salt=3)
-    adds = [data(n, k, h, w, salt=s) for s in (4, 5, 6)]
+    adds, low = [data(n, k, h, w, salt=s) for s in (4, 5, 6)], data(n, k, 3, 5, salt=7)
     way_out = WayOut(
         bias=bias if "bias" in steps else None,
         relu="relu" in steps,
         select=mask if "select" in steps else None,
         add=tuple(adds[:2]) if "add" in steps else (),
         add_relu=tuple(adds[2:]) if "add_relu" in steps else (),
+        upsample=low if "upsample" in steps else None,
+        align_corners="add" in steps,
     )
 
-    def plain(x, weight, bias, mask, *adds):
+    def plain(x, weight, bias, mask, low, *adds):
         y = conv(x, weight, bias if "bias" in steps else None)
         y = y.relu() if "relu" in steps else y
         y = torch.where(mask > 0, y, 0) if "select" in steps else y
         y = y + adds[0] + adds[1] if "add" in steps else y
-        return y + adds[2].relu() if "add_relu" in steps else y
+        y = y + adds[2].relu() if "add_relu" in steps else y
+        return y + testing.resize(low, (h, w), "add" in steps) if "upsample" in steps else y
 
     assert get("cpu").fuses(x, weight, pack=True) is winograd.FUSES
     y = get("cpu").conv3x3(x, weight, way_out=way_out, pack=True)
-    error, limit = compare([y], plain, [x, weight, bias, mask, *adds], winograd=True)
+    error, limit = compare([y], plain, [x, weight, bias, mask, low, *adds], winograd=True)
     assert error <= limit
 
 

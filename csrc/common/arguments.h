@@ -36,8 +36,9 @@ struct MaxPool5Backward {
   DType dtype;
 };
 
-// y = the convolution of x, 3x3, stride 1, padding 1, float32, after ReLU where `relu_in`; then, in this order, + bias,
-// ReLU, 0 where select <= 0, + the first `raw_adds` of `add`, + the ReLU of the others.
+// y = the convolution of x, 3x3, stride 1, padding 1, after ReLU where `relu_in` and a 5x5 max pool where `pool_in`;
+// then, in this order, + bias, ReLU, 0 where select <= 0, + the first `raw_adds` of `add`, + the ReLU of the others,
+// + low resized bilinearly.
 struct Conv3x3 {
   const void* x;           // [N, H, W, C]
   const float* weights;    // packed for the instruction set in use
@@ -45,10 +46,13 @@ struct Conv3x3 {
   const void* select;      // [N, H, W, K] or null
   const void* const* add;  // each [N, H, W, K]
   int64_t adds, raw_adds;
-  void* y;      // [N, H, W, K]
-  Shape shape;  // of x
+  const void* low;             // [N, h, w, K] or null
+  BilinearAxis rows, columns;  // of low's resize, where it is not null
+  void* y;                     // [N, H, W, K]
+  Shape shape;                 // of x
   int64_t k;
-  bool relu_in, relu_out;
+  DType dtype;  // of all but weights and bias: float32 or bfloat16
+  bool relu_in, pool_in, relu_out;
 };
 
 // Gradient of that convolution in its weight, and in its bias where `gb` is not null.
@@ -60,6 +64,7 @@ struct WeightGrad {
   float* gb;           // [K] or null
   Shape shape;         // of x; none is 0
   int64_t k;
+  DType dtype;  // of x and gy: float32 or bfloat16
   bool relu_in;
 };
 

@@ -1,27 +1,11 @@
 // Bilinear upsample-and-add, any sizes, and its exact adjoint as a gather.
+#include "cpu/corners.h"
 #include "cpu/kernels.h"
 #include "cpu/simd.h"
 #include "cpu/threads.h"
 
 namespace refinenet_fast::cpu::REFINENET_FAST_ISA {
 namespace {
-
-// One output pixel: the four pixels it reads and their weights.
-struct Corners {
-  int64_t near_near, near_far, far_near, far_far;  // element offsets of (row, column)
-  float weights[4];
-};
-
-template <class T>
-void resize_pixel(const T* x, const T* add, T* y, const Corners& k, int64_t channels, bool streamed) {
-  const Float w0 = splat(k.weights[0]), w1 = splat(k.weights[1]), w2 = splat(k.weights[2]), w3 = splat(k.weights[3]);
-  for_channels(channels, [&](int64_t c, auto lanes) {
-    Float v = w0 * load(x + k.near_near + c, lanes) + w1 * load(x + k.near_far + c, lanes) +
-              w2 * load(x + k.far_near + c, lanes) + w3 * load(x + k.far_far + c, lanes);
-    if (add) v += load(add + c, lanes);
-    put(y + c, v, lanes, streamed);
-  });
-}
 
 // The taps of every output along one axis.
 BilinearTaps* all_taps(const BilinearAxis& axis, BilinearTaps* taps /* [out] */) {
@@ -42,16 +26,15 @@ void forward(const Bilinear& p, int threads) {
       const BilinearTaps tap = bilinear_taps(p.rows, row % height);
       const T* image = static_cast<const T*>(p.x) + row / height * p.in.h * p.in.w * channels;
       for (int64_t x = 0; x < width; ++x) {
-        const BilinearTaps& column = columns[x];
-        const int64_t near = tap.near * p.in.w, far = tap.far * p.in.w, out = (row * width + x) * channels;
-        const Corners corners{(near + column.near) * channels,
-                              (near + column.far) * channels,
-                              (far + column.near) * channels,
-                              (far + column.far) * channels,
-                              {(1 - tap.weight) * (1 - column.weight), (1 - tap.weight) * column.weight,
-                               tap.weight * (1 - column.weight), tap.weight * column.weight}};
-        resize_pixel(image, p.add ? static_cast<const T*>(p.add) + out : nullptr, static_cast<T*>(p.y) + out, corners,
-                     channels, streamed);
+        const int64_t out = (row * width + x) * channels;
+        const Corners k = corners(tap, columns[x], p.in.w, channels);
+        const T* add = p.add ? static_cast<const T*>(p.add) + out : nullptr;
+        T* y = static_cast<T*>(p.y) + out;
+        for_channels(channels, [&](int64_t c, auto lanes) {
+          Float v = blend(image, k, c, lanes);
+          if (add) v += load(add + c, lanes);
+          put(y + c, v, lanes, streamed);
+        });
       }
     }
     fence();

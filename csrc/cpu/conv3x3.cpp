@@ -3,6 +3,7 @@
 // A block is some tiles of 4x4 outputs, all input channels: its transformed patches stay in the second-level cache.
 // Per panel of output channels, 36 products of [tiles][C] by [C][panel] go straight into the output transform. Packed
 // weights are read from the outer cache once per block.
+#include "cpu/corners.h"
 #include "cpu/gemm.h"
 #include "cpu/kernels.h"
 #include "cpu/patches.h"
@@ -38,7 +39,7 @@ struct Division : Tiling {
 };
 
 // One tile's products for some channels, transformed back, and the way out.
-template <class Count>
+template <class T, class Count>
 void finish_tile(const Conv3x3& p, const Tile& tile, const float* m /* [36][.][kPanel] */, int64_t point_stride,
                  int64_t k, Count lanes) {
   const Shape& s = p.shape;
@@ -56,12 +57,17 @@ void finish_tile(const Conv3x3& p, const Tile& tile, const float* m /* [36][.][k
       const int64_t at = ((tile.n * s.h + tile.y + i) * s.w + tile.x + j) * p.k + k;
       Float value = out[i * kTile + j] + bias;
       if (p.relu_out) value = relu(value);
-      if (p.select) value = keep(~(load(static_cast<const float*>(p.select) + at, lanes) <= Float{}), value);
+      if (p.select) value = keep(~(load(static_cast<const T*>(p.select) + at, lanes) <= Float{}), value);
       for (int64_t a = 0; a < p.adds; ++a) {
-        const Float other = load(static_cast<const float*>(p.add[a]) + at, lanes);
+        const Float other = load(static_cast<const T*>(p.add[a]) + at, lanes);
         value += a < p.raw_adds ? other : relu(other);
       }
-      store(static_cast<float*>(p.y) + at, value, lanes);
+      if (p.low) {
+        const BilinearTaps row = bilinear_taps(p.rows, tile.y + i), column = bilinear_taps(p.columns, tile.x + j);
+        const T* image = static_cast<const T*>(p.low) + tile.n * p.rows.in * p.columns.in * p.k;
+        value += blend(image, corners(row, column, p.columns.in, p.k), k, lanes);
+      }
+      store(static_cast<T*>(p.y) + at, value, lanes);
     }
   }
 }
@@ -81,14 +87,23 @@ struct Scratch {
   }
 };
 
+template <class T>
+void transform_tile(const Conv3x3& p, const Tile& tile, float* v /* [36][.][pitch] */, int64_t point_stride) {
+  const T* x = static_cast<const T*>(p.x);
+  if (p.pool_in) {
+    p.relu_in ? transform_pooled_patch<true>(x, p.shape, tile, v, point_stride)
+              : transform_pooled_patch<false>(x, p.shape, tile, v, point_stride);
+  } else {
+    p.relu_in ? transform_patch<true>(x, p.shape, tile, v, point_stride)
+              : transform_patch<false>(x, p.shape, tile, v, point_stride);
+  }
+}
+
 // Panels first ... last - 1 of a block of tiles.
+template <class T>
 void convolve_block(const Conv3x3& p, const Division& d, int64_t block, int64_t first, int64_t last, const Scratch& s) {
   const int64_t begin = block * d.block, tiles = smaller(d.block, d.tiles - begin);
-  for (int64_t t = 0; t < tiles; ++t) {
-    const float* x = static_cast<const float*>(p.x);
-    p.relu_in ? transform_patch<true>(x, p.shape, d.tile(begin + t), s.v + t * s.pitch, s.v_stride)
-              : transform_patch<false>(x, p.shape, d.tile(begin + t), s.v + t * s.pitch, s.v_stride);
-  }
+  for (int64_t t = 0; t < tiles; ++t) transform_tile<T>(p, d.tile(begin + t), s.v + t * s.pitch, s.v_stride);
   for (int64_t panel = first; panel < last; ++panel) {
     for (int64_t i = 0; i < kPoints; ++i) {
       const float* u = p.weights + (panel * kPoints + i) * point_elements(p.shape.c);
@@ -99,19 +114,17 @@ void convolve_block(const Conv3x3& p, const Division& d, int64_t block, int64_t 
         const int64_t k = panel * kPanel + half, left = p.k - k;
         const float* products = s.m + t * kPanel + half;
         if (left >= kLanes) {
-          finish_tile(p, d.tile(begin + t), products, s.m_stride, k, Full{});
+          finish_tile<T>(p, d.tile(begin + t), products, s.m_stride, k, Full{});
         } else if (left > 0) {
-          finish_tile(p, d.tile(begin + t), products, s.m_stride, k, Partial{left});
+          finish_tile<T>(p, d.tile(begin + t), products, s.m_stride, k, Partial{left});
         }
       }
     }
   }
 }
 
-}  // namespace
-
-void conv3x3(const Conv3x3& p, int threads) {
-  if (p.shape.n == 0) return;
+template <class T>
+void convolve(const Conv3x3& p, int threads) {
   const Division d(p, threads);
   const Scratch sizes(p, d);
   char* memory = static_cast<char*>(workspace(sizes.bytes() * threads));
@@ -122,9 +135,16 @@ void conv3x3(const Conv3x3& p, int threads) {
 #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < d.blocks * d.slices; ++i) {
       const int64_t slice = i % d.slices;
-      convolve_block(p, d, i / d.slices, d.panels * slice / d.slices, d.panels * (slice + 1) / d.slices, scratch);
+      convolve_block<T>(p, d, i / d.slices, d.panels * slice / d.slices, d.panels * (slice + 1) / d.slices, scratch);
     }
   }
+}
+
+}  // namespace
+
+void conv3x3(const Conv3x3& p, int threads) {
+  if (p.shape.n == 0) return;
+  p.dtype == DType::kFloat32 ? convolve<float>(p, threads) : convolve<BFloat16>(p, threads);
 }
 
 int64_t conv3x3_packed_elements(int64_t k, int64_t c) { return ceil_div(k, kPanel) * kPoints * point_elements(c); }

@@ -42,9 +42,10 @@ struct Buffers {
 };
 
 // One tile of gy, transformed, to m[point][panel][.][kPanel]; what lies outside the image is 0. Its sum to `bias`.
+template <class T>
 void transform_gradient(const WeightGrad& p, const Plan& d, const Tile& tile, float* m, float* bias /* [K] */) {
   const Shape& s = p.shape;
-  const float* gy = static_cast<const float*>(p.gy);
+  const T* gy = static_cast<const T*>(p.gy);
   for (int64_t k = 0; k < d.panels * kPanel; k += kLanes) {
     const int64_t left = p.k - k;
     Float y[kTile * kTile], sum{};
@@ -52,7 +53,7 @@ void transform_gradient(const WeightGrad& p, const Plan& d, const Tile& tile, fl
       const int64_t row = tile.y + i / kTile, column = tile.x + i % kTile;
       y[i] = Float{};
       if (row >= s.h || column >= s.w || left <= 0) continue;
-      const float* from = gy + ((tile.n * s.h + row) * s.w + column) * p.k + k;
+      const T* from = gy + ((tile.n * s.h + row) * s.w + column) * p.k + k;
       y[i] = left >= kLanes ? load(from) : load(from, Partial{left});
       sum += y[i];
     }
@@ -126,12 +127,11 @@ void finish(const WeightGrad& p, const Plan& d, const float* u, int64_t c, int64
   }
 }
 
-}  // namespace
-
-void weight_grad(const WeightGrad& p, int threads) {
+template <class T>
+void differentiate(const WeightGrad& p, int threads) {
   const Plan d(p);
   const Buffers b(d, static_cast<float*>(workspace(d.elements() * 4)));
-  const float* x = static_cast<const float*>(p.x);
+  const T* x = static_cast<const T*>(p.x);
 #pragma omp parallel num_threads(threads)
   {
     for (int64_t begin = 0; begin < d.tiles; begin += d.chunk) {
@@ -144,7 +144,7 @@ void weight_grad(const WeightGrad& p, int threads) {
           const Tile tile = d.tile(begin + t);
           p.relu_in ? transform_patch<true>(x, p.shape, tile, b.v + t * d.pitch, d.v_stride)
                     : transform_patch<false>(x, p.shape, tile, b.v + t * d.pitch, d.v_stride);
-          transform_gradient(p, d, tile, b.m + t * kPanel, sums);
+          transform_gradient<T>(p, d, tile, b.m + t * kPanel, sums);
         }
       }
 #pragma omp for schedule(dynamic)
@@ -163,6 +163,12 @@ void weight_grad(const WeightGrad& p, int threads) {
       p.gb[k] = sum;
     }
   }
+}
+
+}  // namespace
+
+void weight_grad(const WeightGrad& p, int threads) {
+  p.dtype == DType::kFloat32 ? differentiate<float>(p, threads) : differentiate<BFloat16>(p, threads);
 }
 
 }  // namespace refinenet_fast::cpu::REFINENET_FAST_ISA

@@ -63,7 +63,23 @@ void run_with(const cpu::Kernels& kernels, const Shape& s, int64_t k, int thread
   const void* add[] = {p.raw.data(), p.rectified.data()};
   std::vector<float> packed = poisoned(kernels.conv3x3_packed_elements(k, s.c)), y = poisoned(p.raw.size());
   kernels.conv3x3_pack({p.weight.data(), {9 * s.c, 9, 3, 1}, packed.data(), k, s.c}, threads);
-  kernels.conv3x3({p.x.data(), packed.data(), p.bias.data(), p.select.data(), add, 2, 1, y.data(), s, k, true, true},
+  kernels.conv3x3({p.x.data(),
+                   packed.data(),
+                   p.bias.data(),
+                   p.select.data(),
+                   add,
+                   2,
+                   1,
+                   nullptr,
+                   {},
+                   {},
+                   y.data(),
+                   s,
+                   k,
+                   DType::kFloat32,
+                   true,
+                   false,
+                   true},
                   threads);
   const float tolerance = 6e-6f * std::sqrt(9.0f * s.c);
   check(close(y, p.expected(true, false), tolerance), kernels.isa, "all steps", s, threads);
@@ -71,7 +87,24 @@ void run_with(const cpu::Kernels& kernels, const Shape& s, int64_t k, int thread
   // The same memory as [C, K, 3, 3], from its last tap backwards.
   kernels.conv3x3_pack({p.weight.data() + 8, {9, 9 * k, -3, -1}, packed.data(), k, s.c}, threads);
   y = poisoned(y.size());
-  kernels.conv3x3({p.x.data(), packed.data(), nullptr, nullptr, nullptr, 0, 0, y.data(), s, k, false, false}, threads);
+  kernels.conv3x3({p.x.data(),
+                   packed.data(),
+                   nullptr,
+                   nullptr,
+                   nullptr,
+                   0,
+                   0,
+                   nullptr,
+                   {},
+                   {},
+                   y.data(),
+                   s,
+                   k,
+                   DType::kFloat32,
+                   false,
+                   false,
+                   false},
+                  threads);
   check(close(y, p.expected(false, true), tolerance), kernels.isa, "turned weights", s, threads);
 }
 

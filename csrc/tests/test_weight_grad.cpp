@@ -38,13 +38,15 @@ void run_with(const cpu::Kernels& kernels, const Shape& s, int64_t k, bool relu,
   std::vector<float> got = poisoned(want.size());
   float* bias = got.data() + k * s.c * 9;
   std::fill_n(static_cast<float*>(cpu::workspace(4 << 20)), 1 << 20, NAN);
-  kernels.weight_grad({x.data(), gy.data(), got.data(), {9 * s.c, 9, 3, 1}, bias, s, k, relu}, threads);
+  kernels.weight_grad({x.data(), gy.data(), got.data(), {9 * s.c, 9, 3, 1}, bias, s, k, DType::kFloat32, relu},
+                      threads);
   const float tolerance = 3e-6f * std::sqrt(static_cast<float>(s.n * s.h * s.w)) + 1e-6f;
   check(close(got, want, tolerance), kernels.isa, relu ? "after ReLU" : "plain", s, threads);
 
   // As (K, 3, 3, C) in memory, without a bias: the same numbers elsewhere.
   std::vector<float> other = poisoned(k * s.c * 9);
-  kernels.weight_grad({x.data(), gy.data(), other.data(), {9 * s.c, 1, 3 * s.c, s.c}, nullptr, s, k, relu}, threads);
+  kernels.weight_grad(
+      {x.data(), gy.data(), other.data(), {9 * s.c, 1, 3 * s.c, s.c}, nullptr, s, k, DType::kFloat32, relu}, threads);
   bool same = true;
   for (int64_t i = 0; i < k * s.c * 9; ++i) {
     const int64_t t = i % 9, c = i / 9 % s.c, o = i / 9 / s.c;

@@ -11,7 +11,16 @@ from torch import Tensor
 
 from refinenet_fast import _native
 from refinenet_fast.backends import winograd
-from refinenet_fast.backends.base import PLAIN_IN, PLAIN_OUT, Fused, VendorConv, WayIn, WayOut, fixed_order, split
+from refinenet_fast.backends.base import (
+    PLAIN_IN,
+    PLAIN_OUT,
+    Fused,
+    VendorConv,
+    WayIn,
+    WayOut,
+    as_weight,
+    fixed_order,
+)
 from refinenet_fast.backends.native import Native
 from refinenet_fast.backends.packed import PackedWeights
 from refinenet_fast.backends.table import Choice, Shape
@@ -43,9 +52,10 @@ class Cpu(Native):
         n, h, w, c, k, taps = shape
         if taps != 9:
             return []
-        x, weight, pack = nhwc(torch.randn(n, c, h, w)), torch.randn(k, c, 3, 3), kernel == "conv3x3"
+        kind = getattr(torch, dtype)
+        x, weight, pack = nhwc(torch.randn(n, c, h, w, dtype=kind)), torch.randn(k, c, 3, 3), kernel == "conv3x3"
         if kernel == "weight_grad":
-            gy = nhwc(torch.randn(n, k, h, w))
+            gy = nhwc(torch.randn(n, k, h, w, dtype=kind))
             return [
                 ("vendor", partial(VendorConv._conv3x3_weight_grad, self, x, gy, weight)),
                 ("winograd", partial(winograd.weight_gradient, x, gy, weight, None, False)),
@@ -70,8 +80,7 @@ class Cpu(Native):
     def conv3x3_input_grad(self, gy: Tensor, weight: Tensor, way_out: WayOut = PLAIN_OUT) -> Tensor:
         if not winograd.pays(gy, weight, packed=False, rotated=True):
             return super().conv3x3_input_grad(gy, weight, way_out)
-        fused, left = split(way_out, winograd.FUSES.way_out)
-        return self.way_out(winograd.convolve(gy, weight, PLAIN_IN, fused, packed=None, rotated=True), left)
+        return winograd.convolve(gy, weight, PLAIN_IN, way_out, packed=None, rotated=True)
 
     def conv3x3_weight_grad(self, x: Tensor, gy: Tensor, weight: Tensor, way_in: WayIn = PLAIN_IN) -> Tensor:
         return self.parameter_grads(x, gy, weight, None, way_in)[0]
@@ -82,8 +91,9 @@ class Cpu(Native):
         if weight is None or not winograd.gradient_pays(x, weight):
             gw = None if weight is None else super().conv3x3_weight_grad(x, gy, weight, way_in)
             return gw, None if bias is None else self.bias_grad(gy, bias)
-        x, way_in = self._compose_in(x, way_in, winograd.FUSES.way_in)
-        return winograd.weight_gradient(x, gy, weight, bias, way_in.relu)
+        x, way_in = self._compose_in(x, way_in, frozenset({"relu"}))
+        gw, gb = winograd.weight_gradient(x, gy, weight, bias, way_in.relu)
+        return as_weight(gw, weight), None if gb is None else gb.to(bias.dtype)
 
     def _onednn(self, x: Tensor, weight: Tensor, way_in: WayIn, way_out: WayOut, pack: bool) -> Tensor:
         if not (pack and _onednn_runs(x)):  # a reorder of its own at every call would cost more than it saves

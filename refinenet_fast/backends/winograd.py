@@ -1,12 +1,13 @@
 """The ``cpu`` backend's own 3x3 convolution and its gradients: Winograd's F(4x4, 3x3), float32, from the compiled core.
 
-It performs every step on the way in and out but the pool and the upsampling. Its error against float64 is two to three
-times the vendor's (1.6e-6 at 256 channels, 4.8e-6 at 2048), in return for a quarter of the multiplications. Sums grow
-on the way: finite input below 1e30 gives no NaN as long as weights stay below 1e5.
+It performs every step on the way in and out, on activations in float32 or bfloat16. Its error against float64 is two to
+three times the vendor's (1.6e-6 at 256 channels, 4.8e-6 at 2048), in return for a quarter of the multiplications. Sums
+grow on the way: finite input below 1e30 gives no NaN as long as weights stay below 1e5.
 """
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable
 
@@ -21,7 +22,8 @@ from refinenet_fast.backends.packed import PackedWeights
 from refinenet_fast.backends.table import Question, lookup
 from refinenet_fast.layout import empty_nhwc, nhwc
 
-FUSES = Fused(frozenset({"relu"}), frozenset({"bias", "relu", "select", "add", "add_relu"}))
+FUSES = Fused(frozenset({"relu", "pool"}), frozenset({"bias", "relu", "select", "add", "add_relu", "upsample"}))
+DTYPES = (torch.float32, torch.bfloat16)  # of activations; inside everything is float32
 FEWEST_CHANNELS = 16  # of the input and of the output
 # Products per output: 2.25 where tiles of 4x4 outputs cover the map exactly; 9 in a direct convolution.
 MOST_PRODUCTS = 3.5
@@ -40,7 +42,7 @@ def question(
     """What the tables are asked."""
     (n, c, h, w), k, taps = x.shape, weight.shape[1 if rotated else 0], weight.shape[2] * weight.shape[3]
     kernel = "cpu conv3x3" if packed else "cpu conv3x3_unpacked"
-    return Question(_native._C.cpu_isa(), kernel, "float32", (n, h, w, c, k, taps))
+    return Question(_native._C.cpu_isa(), kernel, str(x.dtype).removeprefix("torch."), (n, h, w, c, k, taps))
 
 
 def runs(
@@ -48,7 +50,7 @@ def runs(
     weight: Tensor,  # (K, C, R, R)
 ) -> bool:
     """Whether this is there for these."""
-    return _native._C is not None and x.dtype == torch.float32 and weight.shape[2] == 3 and x.numel() > 0
+    return _native._C is not None and x.dtype in DTYPES and weight.shape[2] == 3 and x.numel() > 0
 
 
 def pays(
@@ -63,10 +65,18 @@ def pays(
     choice = lookup(question(x, weight, packed, rotated))
     if choice in ("winograd", "vendor"):
         return choice == "winograd"
+    if x.dtype == torch.bfloat16 and _multiplies_bfloat16():
+        return False
     (n, _, h, w), (k, c, *_) = x.shape, weight.shape
     products = 36 * -(-h // 4) * -(-w // 4)
     least = FEWEST_PIXELS if packed else FEWEST_PIXELS_UNPACKED * max(1, c * k / CACHED_WEIGHTS)
     return min(c, k) >= FEWEST_CHANNELS and n * h * w >= least and products <= MOST_PRODUCTS * h * w
+
+
+@functools.lru_cache(maxsize=1)
+def _multiplies_bfloat16() -> bool:
+    """Whether the processor multiplies matrices of bfloat16 (AMX), many times faster than vectors of float32."""
+    return torch.cpu._is_amx_tile_supported()
 
 
 def convolve(
@@ -80,7 +90,7 @@ def convolve(
     """The convolution with the steps that :data:`FUSES` names.
 
     Args:
-        x, weight: Float32.
+        x, weight: Float32, or ``x`` bfloat16, as the steps' other tensors are.
         way_in, way_out: No other steps than those.
         packed: Where transformed weights are kept; None to transform them for this call only, as in training, where
             they change before the next one.
@@ -88,7 +98,7 @@ def convolve(
             with ``packed``.
 
     Raises:
-        RuntimeError: ``x`` is not on a CPU or not float32.
+        RuntimeError: ``x`` is not on a CPU, or neither float32 nor bfloat16.
         ValueError: Another tensor does not go with ``x``; names it, what was expected and what came.
     """
     core = _native._C
@@ -104,19 +114,26 @@ def convolve(
         transformed = packed.get(weight, torch.float32, f"winograd {core.cpu_isa()}", _transform)
 
     def other(t: Tensor, argument: str) -> Tensor:
-        return match(t, argument, x, (n, k, h, w), torch.float32)
+        return match(t, argument, x, (n, k, h, w), x.dtype)
 
     mask = None if way_out.select is None else other(way_out.select, "select")
     adds = [other(t, "add") for t in way_out.add]
     adds_relu = [other(t, "add_relu") for t in way_out.add_relu]
+    low = way_out.upsample
+    low = None if low is None else match(low, "upsample", x, (n, k, *low.shape[2:]), x.dtype)
     y = empty_nhwc(x, (n, k, h, w))
     core.cpu_conv3x3(
         *(pointer(t) for t in (x, transformed, bias, mask)),
         [pointer(t) for t in adds],
         [pointer(t) for t in adds_relu],
+        pointer(low),
+        *((1, 1) if low is None else low.shape[2:]),
+        way_out.align_corners,
         pointer(y),
         *(n, h, w, c, k),
+        _native.DTYPES[x.dtype],
         way_in.relu,
+        way_in.pool,
         way_out.relu,
         torch.get_num_threads(),
     )
@@ -134,6 +151,8 @@ def gradient_pays(
     choice = lookup(Question(family, "cpu weight_grad", dtype, shape))
     if choice in ("winograd", "vendor"):
         return choice == "winograd"
+    if x.dtype == torch.bfloat16 and _multiplies_bfloat16():
+        return False
     n, h, w, c, k, _ = shape
     products = 36 * -(-h // 4) * -(-w // 4)
     return min(c, k) >= FEWEST_CHANNELS and n * h * w >= FEWEST_PIXELS_GRADIENT and products <= MOST_PRODUCTS * h * w
@@ -149,7 +168,7 @@ def weight_gradient(
     """Gradients in the weight and the bias, sums over the tiles in their order.
 
     Raises:
-        RuntimeError: ``x`` is not on a CPU or not float32.
+        RuntimeError: ``x`` is not on a CPU, or neither float32 nor bfloat16.
         ValueError: Another tensor does not go with ``x``; names it, what was expected and what came.
     """
     core = _native._C
@@ -158,11 +177,11 @@ def weight_gradient(
     n, c, h, w = x.shape
     k = weight.shape[0]
     _check(x, weight, (k, c), bias, k)
-    gy = match(gy, "gy", x, (n, k, h, w), torch.float32)
+    gy = match(gy, "gy", x, (n, k, h, w), x.dtype)
     gw = torch.empty_like(weight, dtype=torch.float32)
     gb = None if bias is None else torch.empty(k, dtype=torch.float32, device="cpu")
     addresses = (pointer(x), pointer(gy), pointer(gw), list(gw.stride()), pointer(gb))
-    core.cpu_weight_grad(*addresses, n, h, w, c, k, relu_in, torch.get_num_threads())
+    core.cpu_weight_grad(*addresses, n, h, w, c, k, _native.DTYPES[x.dtype], relu_in, torch.get_num_threads())
     return gw, gb
 
 
@@ -174,8 +193,8 @@ def _check(
     k: int,
 ) -> None:
     """Below here all these are addresses."""
-    if x.device.type != "cpu" or x.dtype != torch.float32:
-        raise RuntimeError(f"x: expected float32 on the CPU, got {x.dtype} on {x.device}")
+    if x.device.type != "cpu" or x.dtype not in DTYPES:
+        raise RuntimeError(f"x: expected float32 or bfloat16 on the CPU, got {x.dtype} on {x.device}")
     if tuple(weight.shape) != (*channels, 3, 3) or weight.device != x.device:
         expected, got = f"{(*channels, 3, 3)} on {x.device}", f"{tuple(weight.shape)} on {weight.device}"
         raise ValueError(f"weight: expected {expected}, got {got}")
