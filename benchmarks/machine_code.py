@@ -107,9 +107,8 @@ def cases(capability: int, full: bool = False) -> list[Case]:
     """One configuration of every kernel and way, or every configuration."""
     found = []
     for name in ways(maps(1, 1, 2, 2, BF16)):
-        if name == "everything" and not full:  # no hot path asks for it
-            continue
-        found += convolutions(name, TYPICAL, BF16, capability, full=full)
+        if full or name != "everything":  # which no hot path asks for
+            found += convolutions(name, TYPICAL, BF16, capability, full=full)
     kinds = [(TYPICAL, FP16, True), (TYPICAL, FP32, True), (TYPICAL, FP32, False)]
     kinds += [(shape, BF16, True) for shape in (SMALL, POINTWISE, ODD)]
     for shape, dtype, tf32 in kinds:
@@ -155,9 +154,9 @@ def weight_gradients(
     problem = launches.problem_of(x, shape.k, shape.r**2, tf32)
     name = ("relu in" if relu_in else "plain") + f", {launches.precision(tf32)}" * (dtype == FP32)
     found = []
-    for c in _configurations("weight_grad", capability, problem, full):
-        if relu_in and c.described:  # a pass of its own before it
-            continue
+    # Over descriptors its ReLU is a pass before it.
+    known = [c for c in _configurations("weight_grad", capability, problem, full) if not (relu_in and c.described)]
+    for c in known:
         product, total = launches.weight_gradient(x, gy, gw, relu_in, c, tf32)
         found.append(Case("weight_grad", name, shape, dtype, capability, product, c))
         if c.splits > 1:
@@ -184,10 +183,8 @@ def others(dtype: torch.dtype, capability: int) -> list[Case]:
     for name in ("first of an rcu, relu in", "end of a chain"):
         way = ways(large)[name]
         found[name] = launches.pool_convolution(large, packed, large, None, way.relu_in, way.out)
-    shapes = {"pool_conv1x1": POINTWISE}
-    return [
-        Case(one.kernel, way, shapes.get(one.kernel, TYPICAL), dtype, capability, one) for way, one in found.items()
-    ]
+    shape = {"pool_conv1x1": POINTWISE}
+    return [Case(one.kernel, way, shape.get(one.kernel, TYPICAL), dtype, capability, one) for way, one in found.items()]
 
 
 # -- reading it --------------------------------------------------------------------------------------------------------
