@@ -14,16 +14,26 @@ constexpr int kMaxRows = 6;
 #else
 constexpr int kMaxRows = 4;
 #endif
+constexpr int64_t kPanelDepth = 256;  // input channels of a panel that stay in the first-level cache for all rows
 
-// m[r][k] = sum over c of v[r][c] u[c][k] for kRows rows and one panel.
+// m[r][k] (+)= sum over c of v[r][c] u[c][k] for kRows rows and one panel. At every step `step` bytes from `ahead` on
+// are fetched into the second-level cache: weights of a panel to come.
 template <int kRows>
 static void gemm_rows(const float* v /* [kRows][pitch] */, int64_t pitch, const float* u /* [depth][kPanel] */,
-                      int64_t depth, float* m /* [kRows][kPanel] */) {
-  constexpr int64_t kAhead = 16 * 1024 / 4;  // weights come from the outer cache, once per block of tiles
+                      int64_t depth, float* m /* [kRows][kPanel] */, bool add, const char* ahead, int64_t step) {
   Float sum[kRows][2] = {};
+  if (add) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      sum[r][0] = load(m + r * kPanel);
+      sum[r][1] = load(m + r * kPanel + kLanes);
+    }
+  }
   for (int64_t c = 0; c < depth; ++c, u += kPanel) {
     const Float left = load(u), right = load(u + kLanes);
-    for (int64_t line = 0; line < kPanel; line += 16) __builtin_prefetch(u + kAhead + line);
+    __builtin_prefetch(ahead, 0, 2);
+    if (kPanel > 16) __builtin_prefetch(ahead + step / 2, 0, 2);
+    ahead += step;
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       const Float value = splat(v[r * pitch + c]);
@@ -38,44 +48,49 @@ static void gemm_rows(const float* v /* [kRows][pitch] */, int64_t pitch, const 
   }
 }
 
-// The same for any number of rows, in groups as equal as can be: 16 rows are 6, 5 and 5 rather than 6, 6 and 4.
-static void gemm(const float* v /* [rows][pitch] */, int64_t pitch, const float* u /* [depth][kPanel] */, int64_t depth,
-                 float* m /* [rows][kPanel] */, int64_t rows) {
-  for (int64_t groups = ceil_div(rows, kMaxRows); groups > 0; --groups) {
-    const int64_t now = ceil_div(rows, groups);
-    switch (now) {
-      case 1:
-        gemm_rows<1>(v, pitch, u, depth, m);
-        break;
-      case 2:
-        gemm_rows<2>(v, pitch, u, depth, m);
-        break;
-      case 3:
-        gemm_rows<3>(v, pitch, u, depth, m);
-        break;
-      case 4:
-        gemm_rows<4>(v, pitch, u, depth, m);
-        break;
+static void gemm_group(int64_t rows, const float* v, int64_t pitch, const float* u, int64_t depth, float* m, bool add,
+                       const char* ahead, int64_t step) {
+  switch (rows) {
+    case 1:
+      return gemm_rows<1>(v, pitch, u, depth, m, add, ahead, step);
+    case 2:
+      return gemm_rows<2>(v, pitch, u, depth, m, add, ahead, step);
+    case 3:
+      return gemm_rows<3>(v, pitch, u, depth, m, add, ahead, step);
+    case 4:
+      return gemm_rows<4>(v, pitch, u, depth, m, add, ahead, step);
 #if defined(__AVX2__)
-      case 5:
-        gemm_rows<5>(v, pitch, u, depth, m);
-        break;
-      case 6:
-        gemm_rows<6>(v, pitch, u, depth, m);
-        break;
+    case 5:
+      return gemm_rows<5>(v, pitch, u, depth, m, add, ahead, step);
+    case 6:
+      return gemm_rows<6>(v, pitch, u, depth, m, add, ahead, step);
 #endif
 #if defined(__AVX512F__)
-      case 7:
-        gemm_rows<7>(v, pitch, u, depth, m);
-        break;
-      case 8:
-        gemm_rows<8>(v, pitch, u, depth, m);
-        break;
+    case 7:
+      return gemm_rows<7>(v, pitch, u, depth, m, add, ahead, step);
+    case 8:
+      return gemm_rows<8>(v, pitch, u, depth, m, add, ahead, step);
 #endif
+  }
+}
+
+// The same for any number of rows, in groups as equal as can be (16 rows are 6, 5 and 5 rather than 6, 6 and 4), and
+// for any depth. A sum's terms are added in their order, however rows and depth are divided. The weights come from an
+// outer cache: each group fetches its share of those that are kAhead further on.
+static void gemm(const float* v /* [rows][pitch] */, int64_t pitch, const float* u /* [depth][kPanel] */, int64_t depth,
+                 float* m /* [rows][kPanel] */, int64_t rows) {
+  constexpr int64_t kAhead = 16 * 1024;
+  for (int64_t c = 0; c < depth; c += kPanelDepth) {
+    const int64_t now = smaller(kPanelDepth, depth - c), groups = ceil_div(rows, kMaxRows);
+    const int64_t step = ceil_div(kPanel * 4, groups);
+    const float* panel = u + c * kPanel;
+    const char* ahead = reinterpret_cast<const char*>(panel) + kAhead;
+    for (int64_t r = 0, left = groups; left > 0; --left) {
+      const int64_t count = ceil_div(rows - r, left);
+      gemm_group(count, v + r * pitch + c, pitch, panel, now, m + r * kPanel, c > 0, ahead, step);
+      ahead += now * step;
+      r += count;
     }
-    v += now * pitch;
-    m += now * kPanel;
-    rows -= now;
   }
 }
 

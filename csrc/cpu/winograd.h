@@ -12,17 +12,17 @@ constexpr int64_t kPatch = 6;                 // inputs along a side
 constexpr int64_t kPoints = kPatch * kPatch;  // products
 constexpr float kRootHalf = 0.70710678118654752f, kRootTwo = 1.41421356237309505f;
 
-// t = B^T d, along one side; elements of `d` and of `t` are `stride` apart.
-static inline void winograd_input(const Float* d /* [6] */, Float* t /* [6] */, int64_t stride) {
-  const Float d0 = d[0], d1 = d[stride], d2 = d[2 * stride], d3 = d[3 * stride], d4 = d[4 * stride], d5 = d[5 * stride];
+// t = B^T d, along one side; elements of `d` are `from` apart, of `t` `to`.
+static inline void winograd_input(const Float* d /* [6] */, Float* t /* [6] */, int64_t from, int64_t to) {
+  const Float d0 = d[0], d1 = d[from], d2 = d[2 * from], d3 = d[3 * from], d4 = d[4 * from], d5 = d[5 * from];
   const Float even_p = d4 - 2.0f * d2, odd_p = kRootHalf * d3 - kRootTwo * d1;
   const Float even_q = d4 - 0.5f * d2, odd_q = kRootTwo * d3 - kRootHalf * d1;
   t[0] = d0 - 2.5f * d2 + d4;
-  t[stride] = even_p + odd_p;
-  t[2 * stride] = even_p - odd_p;
-  t[3 * stride] = even_q + odd_q;
-  t[4 * stride] = even_q - odd_q;
-  t[5 * stride] = d1 - 2.5f * d3 + d5;
+  t[to] = even_p + odd_p;
+  t[2 * to] = even_p - odd_p;
+  t[3 * to] = even_q + odd_q;
+  t[4 * to] = even_q - odd_q;
+  t[5 * to] = d1 - 2.5f * d3 + d5;
 }
 
 // u = G g, along one side.
