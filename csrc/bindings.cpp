@@ -1,5 +1,5 @@
 // The extension module refinenet_fast._C: kernels on raw pointers, sizes and a stream. Nothing here knows torch;
-// arguments are checked and outputs allocated in Python (refinenet_fast/backends/native.py and winograd.py).
+// arguments are checked and outputs allocated in Python (refinenet_fast/backends/native.py and engine.py).
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -51,39 +51,34 @@ BilinearBackward bilinear_backward(Address gy, Address gx, int64_t n, int64_t h,
   return {at<void>(gy), at<void>(gx), {n, h, w, c}, {h, out_h, align_corners}, {w, out_w, align_corners}, DType(dtype)};
 }
 
-void conv3x3(Address x, Address weights, Address bias, Address select, const std::vector<Address>& add,
-             const std::vector<Address>& add_relu, Address low, int64_t low_h, int64_t low_w, bool align_corners,
-             Address y, int64_t n, int64_t h, int64_t w, int64_t c, int64_t k, int dtype, bool relu_in, bool pool_in,
-             bool relu_out, int threads) {
+void convolve(int taps, Address x, Address weights, const std::array<int64_t, 4>& strides, Address bias, Address select,
+              const std::vector<Address>& add, const std::vector<Address>& add_relu, Address low, int64_t low_h,
+              int64_t low_w, bool align_corners, Address y, int64_t n, int64_t h, int64_t w, int64_t c, int64_t k,
+              int dtype, bool relu_in, bool pool_in, bool relu_out, int threads) {
   std::vector<const void*> adds;
   for (Address other : add) adds.push_back(at<void>(other));
   for (Address other : add_relu) adds.push_back(at<void>(other));
   const int64_t all = static_cast<int64_t>(adds.size()), raw = static_cast<int64_t>(add.size());
-  cpu::kernels().conv3x3({at<void>(x),
-                          at<float>(weights),
-                          at<float>(bias),
-                          at<void>(select),
-                          adds.data(),
-                          all,
-                          raw,
-                          at<void>(low),
-                          {low_h, h, align_corners},
-                          {low_w, w, align_corners},
-                          at<void>(y),
-                          {n, h, w, c},
-                          k,
-                          static_cast<DType>(dtype),
-                          relu_in,
-                          pool_in,
-                          relu_out},
-                         threads);
-}
-
-void conv3x3_pack(Address weight, const std::array<int64_t, 4>& strides, int64_t k, int64_t c, Address packed,
-                  int threads) {
-  PackConv3x3 p{at<float>(weight), {}, at<float>(packed), k, c};
+  Convolution p{at<void>(x),
+                at<float>(weights),
+                {},
+                at<float>(bias),
+                at<void>(select),
+                adds.data(),
+                all,
+                raw,
+                at<void>(low),
+                {low_h, h, align_corners},
+                {low_w, w, align_corners},
+                at<void>(y),
+                {n, h, w, c},
+                k,
+                static_cast<DType>(dtype),
+                relu_in,
+                pool_in,
+                relu_out};
   for (int i = 0; i < 4; ++i) p.strides[i] = strides[i];
-  cpu::kernels().conv3x3_pack(p, threads);
+  (taps == 1 ? cpu::kernels().conv1x1 : cpu::kernels().conv3x3)(p, threads);
 }
 
 void weight_grad(Address x, Address gy, Address gw, const std::array<int64_t, 4>& strides, Address gb, int64_t n,
@@ -164,11 +159,8 @@ PYBIND11_MODULE(_C, m) {
   define<MaxPool5Backward>(m, REFINENET_FAST_ENTRY(maxpool5_backward), maxpool5_backward);
   define<Bilinear>(m, REFINENET_FAST_ENTRY(bilinear), bilinear);
   define<BilinearBackward>(m, REFINENET_FAST_ENTRY(bilinear_backward), bilinear_backward);
-  m.def("cpu_conv3x3", conv3x3, py::call_guard<py::gil_scoped_release>());
-  m.def("cpu_conv3x3_pack", conv3x3_pack, py::call_guard<py::gil_scoped_release>());
+  m.def("cpu_convolve", convolve, py::call_guard<py::gil_scoped_release>());
   m.def("cpu_weight_grad", weight_grad, py::call_guard<py::gil_scoped_release>());
-  m.def("cpu_conv3x3_packed_elements",
-        [](int64_t k, int64_t c) { return cpu::kernels().conv3x3_packed_elements(k, c); });
   m.def(
       "content_hash",
       [](Address memory, size_t bytes, int threads) { return cpu::content_hash(at<void>(memory), bytes, threads); },

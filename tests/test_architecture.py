@@ -57,7 +57,7 @@ def test_the_page_names_every_module_of_the_layers_and_every_kernel():
         "layout.py",
         "checked.py",
         "native.py",
-        "winograd.py",
+        "engine.py",
         "packed.py",
         "testing.py",
     }  # helpers of the files it names

@@ -11,7 +11,7 @@ import torch
 import refinenet_fast
 from emulator.triton_backend import EmulatedTriton
 from refinenet_fast import RefineNetBlock, _native, backends
-from refinenet_fast.backends import table, winograd
+from refinenet_fast.backends import engine, table
 from refinenet_fast.backends.configurations import H100, Configuration, Problem, choose
 from refinenet_fast.backends.table import Question
 
@@ -126,9 +126,9 @@ def test_tune_in_training_leaves_the_model_as_it_was(folder):
 def test_the_cpu_backend_does_as_its_table_says(folder, choice):
     x, weight = torch.randn(1, 32, 16, 16), torch.randn(32, 32, 3, 3)
     table.write(_native._C.cpu_isa(), [row(SHAPE, choice, "cpu conv3x3", "float32")], {})
-    assert winograd.pays(x, weight, packed=True) == (choice == "winograd")
+    assert engine.pays(x, weight, packed=True) == (choice == "winograd")
     assert backends.get("cpu").fuses(x, weight, pack=True) == (
-        winograd.FUSES if choice == "winograd" else backends.cpu.ONEDNN_FUSES
+        engine.FUSES if choice == "winograd" else backends.cpu.ONEDNN_FUSES
     )
 
 

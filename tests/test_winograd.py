@@ -10,7 +10,7 @@ import torch
 
 from common import assert_same_bits, run_python
 from refinenet_fast import _native, testing
-from refinenet_fast.backends import WayIn, WayOut, get, winograd
+from refinenet_fast.backends import WayIn, WayOut, engine, get
 from refinenet_fast.backends.packed import PackedWeights
 from refinenet_fast.layout import nhwc
 from refinenet_fast.testing import Data, compare, conv
@@ -25,11 +25,11 @@ DTYPES = [torch.float32, torch.bfloat16]
 @pytest.fixture
 def always(monkeypatch):
     """Every 3x3 convolution in float32, however small."""
-    monkeypatch.setattr(winograd, "FEWEST_CHANNELS", 1)
-    monkeypatch.setattr(winograd, "FEWEST_PIXELS", 0)
-    monkeypatch.setattr(winograd, "FEWEST_PIXELS_UNPACKED", 0)
-    monkeypatch.setattr(winograd, "FEWEST_PIXELS_GRADIENT", 0)
-    monkeypatch.setattr(winograd, "MOST_PRODUCTS", math.inf)
+    monkeypatch.setattr(engine, "FEWEST_CHANNELS", 1)
+    monkeypatch.setattr(engine, "FEWEST_PIXELS", 0)
+    monkeypatch.setattr(engine, "FEWEST_PIXELS_UNPACKED", 0)
+    monkeypatch.setattr(engine, "FEWEST_PIXELS_GRADIENT", 0)
+    monkeypatch.setattr(engine, "MOST_PRODUCTS", math.inf)
 
 
 @pytest.fixture(params=list(_native._C.cpu_isas()))
@@ -44,22 +44,22 @@ def isa(request):
 @pytest.mark.parametrize("channels, side", [(256, 128), (256, 64), (256, 32), (512, 32), (64, 16)])
 def test_it_is_chosen_at_refinenets_shapes(channels, side, packed):
     x, weight = torch.empty(1, channels, side, side), torch.empty(channels, channels, 3, 3)
-    assert winograd.pays(x, weight, packed)
-    assert not winograd.pays(x.half(), weight, packed) and not winograd.pays(x.double(), weight, packed)
-    assert not winograd.pays(x, torch.empty(channels, channels, 1, 1), packed)
-    assert not winograd.pays(x[:, :8], torch.empty(channels, 8, 3, 3), packed)
+    assert engine.pays(x, weight, packed)
+    assert not engine.pays(x.half(), weight, packed) and not engine.pays(x.double(), weight, packed)
+    assert not engine.pays(x, torch.empty(channels, channels, 1, 1), packed)
+    assert not engine.pays(x[:, :8], torch.empty(channels, 8, 3, 3), packed)
 
 
 def test_512_channels_at_16_are_chosen_for_inference_only():
     x, weight = torch.empty(1, 512, 16, 16), torch.empty(512, 512, 3, 3)
-    assert winograd.pays(x, weight, packed=True) and not winograd.pays(x, weight, packed=False)
+    assert engine.pays(x, weight, packed=True) and not engine.pays(x, weight, packed=False)
 
 
 @pytest.mark.parametrize("amx", [True, False])
 def test_bfloat16_is_the_vendors_where_the_processor_multiplies_it(amx, monkeypatch):
-    monkeypatch.setattr(winograd, "_multiplies_bfloat16", lambda: amx)
+    monkeypatch.setattr(engine, "_multiplies_bfloat16", lambda: amx)
     x, weight = torch.empty(1, 256, 64, 64, dtype=torch.bfloat16), torch.empty(256, 256, 3, 3)
-    assert winograd.pays(x, weight, packed=True) is not amx and winograd.gradient_pays(x, weight) is not amx
+    assert engine.pays(x, weight, packed=True) is not amx and engine.gradient_pays(x, weight) is not amx
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -73,14 +73,14 @@ def test_a_weight_gradient_of_more_tiles_than_are_transformed_at_once():
     """1600 tiles of 256 channels: a chunk and the rest; the bias's gradient with it, the same bits on one thread."""
     data = Data()
     x, gy, weight, bias = data(1, 256, 157, 159), data(1, 24, 157, 159, salt=1), data.weight(24, 256, 3, 2), data(24)
-    assert winograd.gradient_pays(x, weight)
-    grads = winograd.weight_gradient(x, gy, weight, bias, relu_in=True)
+    assert engine.gradient_pays(x, weight)
+    grads = engine.weight_gradient(x, gy, weight, bias, relu_in=True)
     error, limit = compare(grads, lambda w, b: conv(x.to(w.dtype).relu(), w, b), [weight, bias], gy, winograd=True)
     assert error <= limit
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        again = winograd.weight_gradient(x, gy, weight, bias, relu_in=True)
+        again = engine.weight_gradient(x, gy, weight, bias, relu_in=True)
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(grads, again, strict=True))
@@ -137,7 +137,7 @@ def test_each_pair_of_steps(always, isa, first, second, dtype):
         y = y + adds[2].relu() if "add_relu" in steps else y
         return y + testing.resize(low, (h, w), "add" in steps) if "upsample" in steps else y
 
-    assert get("cpu").fuses(x, weight, pack=True) is winograd.FUSES
+    assert get("cpu").fuses(x, weight, pack=True) is engine.FUSES
     y = get("cpu").conv3x3(x, weight, way_out=way_out, pack=True)
     error, limit = compare([y], plain, [x, weight, bias, mask, low, *adds], winograd=True)
     assert error <= limit
@@ -162,7 +162,7 @@ def test_more_blocks_panels_and_threads_change_no_bit(always, isa):
 DEFAULTS = """
 import torch
 from refinenet_fast import ops
-from refinenet_fast.backends import winograd
+from refinenet_fast.backends import engine
 
 x, w = torch.randn(1, 48, 40, 40), torch.randn(48, 48, 3, 3) / 21
 for default in (torch.float32, torch.bfloat16, torch.float64, torch.float32):
@@ -172,7 +172,6 @@ for default in (torch.float32, torch.bfloat16, torch.float64, torch.float32):
         leaf = x.clone().requires_grad_()
         ops.crp(leaf, [w, w]).sum().backward()
     assert y.isfinite() and leaf.grad.isfinite().all()
-assert winograd._kept.memory.dtype == torch.float32
 print("done")
 """
 

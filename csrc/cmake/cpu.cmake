@@ -19,7 +19,7 @@ add_library(refinenet_fast_cpu STATIC csrc/cpu/dispatch.cpp csrc/cpu/content_has
 refinenet_fast_cpu_target(refinenet_fast_cpu)
 
 set(per_isa_sources csrc/cpu/maxpool5.cpp csrc/cpu/bilinear.cpp csrc/cpu/conv3x3.cpp
-    csrc/cpu/weight_grad.cpp)
+    csrc/cpu/conv1x1.cpp csrc/cpu/weight_grad.cpp)
 set(REFINENET_FAST_ISAS "")
 
 function(refinenet_fast_isa isa)

@@ -36,12 +36,14 @@ struct MaxPool5Backward {
   DType dtype;
 };
 
-// y = the convolution of x, 3x3, stride 1, padding 1, after ReLU where `relu_in` and a 5x5 max pool where `pool_in`;
-// then, in this order, + bias, ReLU, 0 where select <= 0, + the first `raw_adds` of `add`, + the ReLU of the others,
+// y = the convolution of x, 3x3 (or 1x1), stride 1, padding 1 (or 0), after ReLU where `relu_in` and a 5x5 max pool
+// where `pool_in`; then, in this order, + bias, ReLU, 0 where select <= 0, + the first `raw_adds` of `add`, + the ReLU
+// of the others,
 // + low resized bilinearly.
-struct Conv3x3 {
+struct Convolution {
   const void* x;           // [N, H, W, C]
-  const float* weights;    // packed for the instruction set in use
+  const float* weights;    // [K, C, 3, 3] or [K, C, 1, 1]
+  int64_t strides[4];      // of weights, in elements; negative ones turn them
   const float* bias;       // [K] or null
   const void* select;      // [N, H, W, K] or null
   const void* const* add;  // each [N, H, W, K]
@@ -66,14 +68,6 @@ struct WeightGrad {
   int64_t k;
   DType dtype;  // of x and gy: float32 or bfloat16
   bool relu_in;
-};
-
-// Weights transformed and packed as an instruction set's conv3x3 reads them.
-struct PackConv3x3 {
-  const float* weight;  // [K, C, 3, 3]
-  int64_t strides[4];   // of the weight, in elements; negative ones turn it
-  float* packed;        // [conv3x3_packed_elements(K, C)]
-  int64_t k, c;
 };
 
 // y = add + x resized from `in` to rows.out x columns.out; y may be add.

@@ -4,24 +4,27 @@
 #include <cstring>
 #include <new>
 
+#if __has_include(<sys/mman.h>)
+#include <sys/mman.h>
+#endif
+
 #include "cpu/kernels.h"
 
 namespace refinenet_fast::cpu {
 
-#define REFINENET_FAST_DECLARE(ISA)                                                                           \
-  namespace ISA {                                                                                             \
-  void maxpool5(const MaxPool5&, int threads);                                                                \
-  void maxpool5_backward(const MaxPool5Backward&, int threads);                                               \
-  void bilinear(const Bilinear&, int threads);                                                                \
-  void bilinear_backward(const BilinearBackward&, int threads);                                               \
-  void conv3x3(const Conv3x3&, int threads);                                                                  \
-  void conv3x3_pack(const PackConv3x3&, int threads);                                                         \
-  int64_t conv3x3_packed_elements(int64_t k, int64_t c);                                                      \
-  void weight_grad(const WeightGrad&, int threads);                                                           \
-  }                                                                                                           \
-  static const Kernels kernels_##ISA = {                                                                      \
-      #ISA,         ISA::maxpool5,     ISA::maxpool5_backward,       ISA::bilinear,   ISA::bilinear_backward, \
-      ISA::conv3x3, ISA::conv3x3_pack, ISA::conv3x3_packed_elements, ISA::weight_grad};
+#define REFINENET_FAST_DECLARE(ISA)                                                                    \
+  namespace ISA {                                                                                      \
+  void maxpool5(const MaxPool5&, int threads);                                                         \
+  void maxpool5_backward(const MaxPool5Backward&, int threads);                                        \
+  void bilinear(const Bilinear&, int threads);                                                         \
+  void bilinear_backward(const BilinearBackward&, int threads);                                        \
+  void conv3x3(const Convolution&, int threads);                                                       \
+  void conv1x1(const Convolution&, int threads);                                                       \
+  void weight_grad(const WeightGrad&, int threads);                                                    \
+  }                                                                                                    \
+  static const Kernels kernels_##ISA = {#ISA,          ISA::maxpool5,          ISA::maxpool5_backward, \
+                                        ISA::bilinear, ISA::bilinear_backward, ISA::conv3x3,           \
+                                        ISA::conv1x1,  ISA::weight_grad};
 
 REFINENET_FAST_DECLARE(baseline)
 #ifdef REFINENET_FAST_HAVE_AVX2
@@ -58,8 +61,10 @@ const Available& available() {
 
 std::atomic<const Kernels*> chosen{nullptr};
 
-// Grown on demand, freed when its thread ends.
+// Grown on demand, freed when its thread ends. In huge pages where the system has them: convolutions go through more of
+// it than the processor has translations for.
 struct Scratch {
+  static constexpr size_t kHugePage = 2 << 20;
   void* memory = nullptr;
   size_t bytes = 0;
 
@@ -68,7 +73,11 @@ struct Scratch {
   void* at_least(size_t wanted) {
     if (wanted > bytes) {
       std::free(memory);
-      memory = std::aligned_alloc(64, (wanted + 63) / 64 * 64);
+      const size_t page = wanted < kHugePage ? 64 : kHugePage;
+      memory = std::aligned_alloc(page, (wanted + page - 1) / page * page);
+#ifdef MADV_HUGEPAGE
+      if (memory && page == kHugePage) madvise(memory, (wanted + page - 1) / page * page, MADV_HUGEPAGE);
+#endif
       bytes = memory ? wanted : 0;
       if (!memory) throw std::bad_alloc();
     }

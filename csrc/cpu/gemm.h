@@ -20,13 +20,14 @@ constexpr int64_t kPanelDepth = 256;  // input channels of a panel that stay in 
 // are fetched into the second-level cache: weights of a panel to come.
 template <int kRows>
 static void gemm_rows(const float* v /* [kRows][pitch] */, int64_t pitch, const float* u /* [depth][kPanel] */,
-                      int64_t depth, float* m /* [kRows][kPanel] */, bool add, const char* ahead, int64_t step) {
+                      int64_t depth, float* m /* [kRows][m_pitch] */, int64_t m_pitch, bool add, const char* ahead,
+                      int64_t step) {
   Float sum[kRows][2] = {};
   if (add) {
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      sum[r][0] = load(m + r * kPanel);
-      sum[r][1] = load(m + r * kPanel + kLanes);
+      sum[r][0] = load(m + r * m_pitch);
+      sum[r][1] = load(m + r * m_pitch + kLanes);
     }
   }
   for (int64_t c = 0; c < depth; ++c, u += kPanel) {
@@ -43,33 +44,33 @@ static void gemm_rows(const float* v /* [kRows][pitch] */, int64_t pitch, const 
   }
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
-    store(m + r * kPanel, sum[r][0]);
-    store(m + r * kPanel + kLanes, sum[r][1]);
+    store(m + r * m_pitch, sum[r][0]);
+    store(m + r * m_pitch + kLanes, sum[r][1]);
   }
 }
 
-static void gemm_group(int64_t rows, const float* v, int64_t pitch, const float* u, int64_t depth, float* m, bool add,
-                       const char* ahead, int64_t step) {
+static void gemm_group(int64_t rows, const float* v, int64_t pitch, const float* u, int64_t depth, float* m,
+                       int64_t m_pitch, bool add, const char* ahead, int64_t step) {
   switch (rows) {
     case 1:
-      return gemm_rows<1>(v, pitch, u, depth, m, add, ahead, step);
+      return gemm_rows<1>(v, pitch, u, depth, m, m_pitch, add, ahead, step);
     case 2:
-      return gemm_rows<2>(v, pitch, u, depth, m, add, ahead, step);
+      return gemm_rows<2>(v, pitch, u, depth, m, m_pitch, add, ahead, step);
     case 3:
-      return gemm_rows<3>(v, pitch, u, depth, m, add, ahead, step);
+      return gemm_rows<3>(v, pitch, u, depth, m, m_pitch, add, ahead, step);
     case 4:
-      return gemm_rows<4>(v, pitch, u, depth, m, add, ahead, step);
+      return gemm_rows<4>(v, pitch, u, depth, m, m_pitch, add, ahead, step);
 #if defined(__AVX2__)
     case 5:
-      return gemm_rows<5>(v, pitch, u, depth, m, add, ahead, step);
+      return gemm_rows<5>(v, pitch, u, depth, m, m_pitch, add, ahead, step);
     case 6:
-      return gemm_rows<6>(v, pitch, u, depth, m, add, ahead, step);
+      return gemm_rows<6>(v, pitch, u, depth, m, m_pitch, add, ahead, step);
 #endif
 #if defined(__AVX512F__)
     case 7:
-      return gemm_rows<7>(v, pitch, u, depth, m, add, ahead, step);
+      return gemm_rows<7>(v, pitch, u, depth, m, m_pitch, add, ahead, step);
     case 8:
-      return gemm_rows<8>(v, pitch, u, depth, m, add, ahead, step);
+      return gemm_rows<8>(v, pitch, u, depth, m, m_pitch, add, ahead, step);
 #endif
   }
 }
@@ -78,7 +79,7 @@ static void gemm_group(int64_t rows, const float* v, int64_t pitch, const float*
 // for any depth. A sum's terms are added in their order, however rows and depth are divided. The weights come from an
 // outer cache: each group fetches its share of those that are kAhead further on.
 static void gemm(const float* v /* [rows][pitch] */, int64_t pitch, const float* u /* [depth][kPanel] */, int64_t depth,
-                 float* m /* [rows][kPanel] */, int64_t rows) {
+                 float* m /* [rows][m_pitch] */, int64_t m_pitch, int64_t rows) {
   constexpr int64_t kAhead = 16 * 1024;
   for (int64_t c = 0; c < depth; c += kPanelDepth) {
     const int64_t now = smaller(kPanelDepth, depth - c), groups = ceil_div(rows, kMaxRows);
@@ -87,7 +88,7 @@ static void gemm(const float* v /* [rows][pitch] */, int64_t pitch, const float*
     const char* ahead = reinterpret_cast<const char*>(panel) + kAhead;
     for (int64_t r = 0, left = groups; left > 0; --left) {
       const int64_t count = ceil_div(rows - r, left);
-      gemm_group(count, v + r * pitch + c, pitch, panel, now, m + r * kPanel, c > 0, ahead, step);
+      gemm_group(count, v + r * pitch + c, pitch, panel, now, m + r * m_pitch, m_pitch, c > 0, ahead, step);
       ahead += now * step;
       r += count;
     }

@@ -14,9 +14,8 @@ struct Kernels {
   void (*maxpool5_backward)(const MaxPool5Backward&, int threads);
   void (*bilinear)(const Bilinear&, int threads);
   void (*bilinear_backward)(const BilinearBackward&, int threads);
-  void (*conv3x3)(const Conv3x3&, int threads);
-  void (*conv3x3_pack)(const PackConv3x3&, int threads);
-  int64_t (*conv3x3_packed_elements)(int64_t k, int64_t c);
+  void (*conv3x3)(const Convolution&, int threads);
+  void (*conv1x1)(const Convolution&, int threads);
   void (*weight_grad)(const WeightGrad&, int threads);
 };
 

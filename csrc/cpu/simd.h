@@ -38,11 +38,20 @@ struct BFloat16 {
 static inline Float splat(float value) { return value - Float{}; }
 // The larger; `b` where either is NaN.
 static inline Float max(Float a, Float b) { return a > b ? a : b; }
+// Whether any lane of a comparison's result is set.
+#if defined(__AVX512F__)
+static inline bool any(Int mask) { return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0; }
+#elif defined(__AVX2__)
+static inline bool any(Int mask) { return _mm256_movemask_epi8((__m256i)mask) != 0; }
+#elif defined(__SSE2__)
+static inline bool any(Int mask) { return _mm_movemask_epi8((__m128i)mask) != 0; }
+#else
 static inline bool any(Int mask) {
   int32_t seen = 0;
   for (int i = 0; i < kLanes; ++i) seen |= mask[i];
   return seen != 0;
 }
+#endif
 static inline Float select(Int mask, Float yes, Float no) { return mask ? yes : no; }
 static inline Int select(Int mask, Int yes, Int no) { return mask ? yes : no; }
 // The value where the mask is set, else +0: a choice, not a product, so that NaN and infinity do not leak.

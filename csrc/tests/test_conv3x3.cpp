@@ -61,50 +61,23 @@ void run_with(const cpu::Kernels& kernels, const Shape& s, int64_t k, int thread
   const Problem p(s, k);
   std::fill_n(static_cast<float*>(cpu::workspace(4 << 20)), 1 << 20, NAN);
   const void* add[] = {p.raw.data(), p.rectified.data()};
-  std::vector<float> packed = poisoned(kernels.conv3x3_packed_elements(k, s.c)), y = poisoned(p.raw.size());
-  kernels.conv3x3_pack({p.weight.data(), {9 * s.c, 9, 3, 1}, packed.data(), k, s.c}, threads);
-  kernels.conv3x3({p.x.data(),
-                   packed.data(),
-                   p.bias.data(),
-                   p.select.data(),
-                   add,
-                   2,
-                   1,
-                   nullptr,
-                   {},
-                   {},
-                   y.data(),
-                   s,
-                   k,
-                   DType::kFloat32,
-                   true,
-                   false,
-                   true},
-                  threads);
+  std::vector<float> y = poisoned(p.raw.size());
+  Convolution all_steps{p.x.data(), p.weight.data(), {9 * s.c, 9, 3, 1}, p.bias.data(), p.select.data(), add, 2, 1};
+  all_steps.y = y.data();
+  all_steps.shape = s;
+  all_steps.k = k;
+  all_steps.relu_in = all_steps.relu_out = true;
+  kernels.conv3x3(all_steps, threads);
   const float tolerance = 6e-6f * std::sqrt(9.0f * s.c);
   check(close(y, p.expected(true, false), tolerance), kernels.isa, "all steps", s, threads);
 
   // The same memory as [C, K, 3, 3], from its last tap backwards.
-  kernels.conv3x3_pack({p.weight.data() + 8, {9, 9 * k, -3, -1}, packed.data(), k, s.c}, threads);
   y = poisoned(y.size());
-  kernels.conv3x3({p.x.data(),
-                   packed.data(),
-                   nullptr,
-                   nullptr,
-                   nullptr,
-                   0,
-                   0,
-                   nullptr,
-                   {},
-                   {},
-                   y.data(),
-                   s,
-                   k,
-                   DType::kFloat32,
-                   false,
-                   false,
-                   false},
-                  threads);
+  Convolution turned{p.x.data(), p.weight.data() + 8, {9, 9 * k, -3, -1}};
+  turned.y = y.data();
+  turned.shape = s;
+  turned.k = k;
+  kernels.conv3x3(turned, threads);
   check(close(y, p.expected(false, true), tolerance), kernels.isa, "turned weights", s, threads);
 }
 

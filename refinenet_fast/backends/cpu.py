@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from refinenet_fast import _native
-from refinenet_fast.backends import winograd
+from refinenet_fast.backends import engine
 from refinenet_fast.backends.base import (
     PLAIN_IN,
     PLAIN_OUT,
@@ -50,37 +50,34 @@ class Cpu(Native):
         self, kernel: str, dtype: str, shape: Shape, device: torch.device
     ) -> list[tuple[Choice, Callable[[], object]]]:
         n, h, w, c, k, taps = shape
-        if taps != 9:
-            return []
-        kind = getattr(torch, dtype)
-        x, weight, pack = nhwc(torch.randn(n, c, h, w, dtype=kind)), torch.randn(k, c, 3, 3), kernel == "conv3x3"
+        kind, side = getattr(torch, dtype), 3 if taps == 9 else 1
+        x, weight = nhwc(torch.randn(n, c, h, w, dtype=kind)), torch.randn(k, c, side, side)
         if kernel == "weight_grad":
             gy = nhwc(torch.randn(n, k, h, w, dtype=kind))
             return [
                 ("vendor", partial(VendorConv._conv3x3_weight_grad, self, x, gy, weight)),
-                ("winograd", partial(winograd.weight_gradient, x, gy, weight, None, False)),
+                (engine.NAMES[taps], partial(engine.weight_gradient, x, gy, weight, None, False)),
             ]
-        kept = self.packed if pack else None
         return [
-            ("vendor", partial(self._onednn, x, weight, PLAIN_IN, PLAIN_OUT, pack)),
-            ("winograd", partial(winograd.convolve, x, weight, PLAIN_IN, PLAIN_OUT, kept)),
+            ("vendor", partial(self._onednn, x, weight, PLAIN_IN, PLAIN_OUT, pack=True)),
+            (engine.NAMES[taps], partial(engine.convolve, x, weight, PLAIN_IN, PLAIN_OUT)),
         ]
 
     def is_winograd(self, x: Tensor, weight: Tensor) -> bool:
-        return any(winograd.pays(x, weight, packed) for packed in (True, False)) or winograd.gradient_pays(x, weight)
+        return weight.shape[2] == 3 and (engine.pays(x, weight) or engine.gradient_pays(x, weight))
 
     def fuses(self, x: Tensor, weight: Tensor, pack: bool) -> Fused:
-        return winograd.FUSES if winograd.pays(x, weight, pack) else ONEDNN_FUSES
+        return engine.FUSES if engine.pays(x, weight) else ONEDNN_FUSES
 
     def _conv3x3(self, x: Tensor, weight: Tensor, way_in: WayIn, way_out: WayOut, pack: bool) -> Tensor:
-        if winograd.pays(x, weight, pack):
-            return winograd.convolve(x, weight, way_in, way_out, self.packed if pack else None)
+        if engine.pays(x, weight):
+            return engine.convolve(x, weight, way_in, way_out)
         return self._onednn(x, weight, way_in, way_out, pack)
 
     def conv3x3_input_grad(self, gy: Tensor, weight: Tensor, way_out: WayOut = PLAIN_OUT) -> Tensor:
-        if not winograd.pays(gy, weight, packed=False, rotated=True):
+        if not engine.pays(gy, weight, rotated=True):
             return super().conv3x3_input_grad(gy, weight, way_out)
-        return winograd.convolve(gy, weight, PLAIN_IN, way_out, packed=None, rotated=True)
+        return engine.convolve(gy, weight, PLAIN_IN, way_out, rotated=True)
 
     def conv3x3_weight_grad(self, x: Tensor, gy: Tensor, weight: Tensor, way_in: WayIn = PLAIN_IN) -> Tensor:
         return self.parameter_grads(x, gy, weight, None, way_in)[0]
@@ -88,11 +85,11 @@ class Cpu(Native):
     def parameter_grads(
         self, x: Tensor, gy: Tensor, weight: Tensor | None, bias: Tensor | None, way_in: WayIn = PLAIN_IN
     ) -> tuple[Tensor | None, Tensor | None]:
-        if weight is None or not winograd.gradient_pays(x, weight):
+        if weight is None or not engine.gradient_pays(x, weight):
             gw = None if weight is None else super().conv3x3_weight_grad(x, gy, weight, way_in)
             return gw, None if bias is None else self.bias_grad(gy, bias)
         x, way_in = self._compose_in(x, way_in, frozenset({"relu"}))
-        gw, gb = winograd.weight_gradient(x, gy, weight, bias, way_in.relu)
+        gw, gb = engine.weight_gradient(x, gy, weight, bias, way_in.relu)
         return as_weight(gw, weight), None if gb is None else gb.to(bias.dtype)
 
     def _onednn(self, x: Tensor, weight: Tensor, way_in: WayIn, way_out: WayOut, pack: bool) -> Tensor:
