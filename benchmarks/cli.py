@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import contenders
 import harness
 import options
+import peers
 import report
 
 # (channels, height, width): the decoder's maps for a 512x512 image, from 1/4 to 1/32 resolution.
@@ -58,6 +59,8 @@ def make_parser(spec):
     parser.add_argument("--seconds", type=seconds, help="time budget in all; default: 90")
     names = options.names_from(contenders.known())
     parser.add_argument("--contenders", type=names, help="a,b,c; default: all that can run")
+    libraries = options.names_from(peers.PACKAGES)
+    parser.add_argument("--peers", type=libraries, default=[], help=f"{','.join(peers.PACKAGES)}: on a CPU, forward")
     parser.add_argument("--shapes", type=shape_list, help="256x128,512x30x40: channels x size")
     parser.add_argument("--batch", type=batch_list, help="1,8; default: 1, on a GPU 1,8")
     directions = options.names_from(harness.DIRECTIONS)
@@ -78,12 +81,16 @@ def fill_in(args, spec):
 
 
 def choose(args, device, warn=lambda text: None):
-    """The contenders asked for, or all that can run, with the reason for each that cannot.
+    """The contenders asked for, or all that can run, with the reason for each that cannot; then the peers.
 
     Raises:
-        ValueError: One that was asked for cannot run; says why.
+        ValueError: A contender that was asked for cannot run, or a peer is not installed; says why.
     """
     dtype = options.DTYPES[args.dtype]
+    return [*_contenders(args, device, dtype, warn), *peers.choose(args.peers, device, dtype, warn)]
+
+
+def _contenders(args, device, dtype, warn):
     reasons = {name: contenders.cannot_run(name, device, dtype) for name in contenders.known()}
     if args.contenders:
         for name in args.contenders:

@@ -20,7 +20,7 @@ class Built:
 
     function: Callable[[list, list], torch.Tensor]
     setting: str | None = None  # what was chosen, where there was a choice
-    graphs: bool = False  # replays a CUDA graph, whose memory the allocator does not count again
+    keeps_memory: bool = False  # from call to call, so that counting finds none: a CUDA graph, a peer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +35,8 @@ class Contender:
     build: Callable[..., Built]
     ours: bool = False  # held against float64 before it is timed
     kernels: backends.Backend | None = None  # of ours
+    allowed: dict[torch.dtype, float] | None = None  # the error against float64 that a peer may have
+    own_threads: bool = False  # not those of PyTorch and our backends
     compiles: bool = False  # on its first call
     context: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
 
@@ -65,7 +67,7 @@ def contender(name):
 # ---- torch.compile, as strong as a user would make it ---------------------------------------
 
 
-class _Block(torch.nn.Module):
+class Block(torch.nn.Module):
     """A case as the module a user would compile: parameters are known to stay where they are."""
 
     def __init__(self, function, ws):
@@ -79,7 +81,7 @@ class _Block(torch.nn.Module):
 
 def _compile(case, inputs, forward, timed):
     torch._dynamo.config.recompile_limit = 64  # by default it gives up after eight shapes
-    block = _Block(case.eager, inputs.ws)
+    block = Block(case.eager, inputs.ws)
     if inputs.xs[0].is_cuda:
         return _compile_cuda(block, inputs, timed)
     # Freezing packs the weights once instead of at every call; training cannot have it. There one

@@ -121,6 +121,8 @@ def describe(device, allocator):
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _version("triton"),
+        "onnxruntime": _version("onnxruntime"),
+        "openvino": _version("openvino"),
         "cudnn": torch.backends.cudnn.version() if cuda else None,
         "refinenet_fast": _version("refinenet_fast"),
         "commit": _git_commit(),

@@ -67,6 +67,8 @@ def can_plot():
 # Colours that stay apart for colour-blind readers; PyTorch in grey, ours in colours.
 COLOURS = {
     "compile": "#80868b",
+    "onnxruntime": "#56b4e9",
+    "openvino": "#e69f00",
     "reference": "#c8b6e2",
     "cpu": "#0072b2",
     "triton": "#009e73",

@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 
 import torch
 
@@ -40,13 +41,22 @@ class Summary:
         return cls(statistics.median(samples), p20, p80, len(samples))
 
 
-def interleave(runs, device, seconds, at_least=5, at_most=200):
+# Seconds after which the threads of another run sleep: libgomp's spin for some milliseconds.
+PAUSE = 0.02
+
+
+def interleave(runs, device, seconds, at_least=5, at_most=200, apart=False):
     """Times `runs` round-robin for about `seconds`, at least `at_least` rounds; a Summary each.
 
     Every run has the same number of rounds. The caller has already run each of them, so
     compilation and the choice of algorithms are over.
+
+    apart: the runs have thread pools of their own on the same cores. A pool spins for a while after a
+    run, waiting for the next: on two cores OpenMP's threads made ONNX Runtime half as slow again in a
+    residual conv unit at 32x32. So each run waits until the others' threads sleep, and wakes its own
+    by a call that is not timed. All runs do, since that call warms the caches as well.
     """
-    rounds = _cuda_rounds if device.type == "cuda" else _host_rounds
+    rounds = partial(_host_rounds, apart) if device.type == "cpu" else _cuda_rounds
     return [Summary.of(times) for times in rounds(runs, device, seconds, at_least, at_most)]
 
 
@@ -55,7 +65,7 @@ def synchronize(device):
         torch.cuda.synchronize(device)
 
 
-def _host_rounds(runs, device, seconds, at_least, at_most):
+def _host_rounds(apart, runs, device, seconds, at_least, at_most):
     """Wall-clock milliseconds, [run][round]."""
     times = [[] for _ in runs]
     end = time.perf_counter() + seconds
@@ -64,6 +74,9 @@ def _host_rounds(runs, device, seconds, at_least, at_most):
             break
         for run, mine in zip(runs, times):
             with run.context():
+                if apart:
+                    time.sleep(PAUSE)
+                    run.call()
                 start = time.perf_counter()
                 result = run.call()
                 mine.append((time.perf_counter() - start) * 1e3)
