@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import math
 
 import pytest
 import torch
 
-from common import assert_same_bits, run_python
+from common import assert_same_bits, convolving, run_python, running_on
 from refinenet_fast import _native, testing
 from refinenet_fast.backends import WayIn, WayOut, get, winograd
 from refinenet_fast.backends.packed import PackedWeights
@@ -23,21 +22,16 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 
 @pytest.fixture
-def always(monkeypatch):
-    """Every 3x3 convolution in float32, however small."""
-    monkeypatch.setattr(winograd, "FEWEST_CHANNELS", 1)
-    monkeypatch.setattr(winograd, "FEWEST_PIXELS", 0)
-    monkeypatch.setattr(winograd, "FEWEST_PIXELS_UNPACKED", 0)
-    monkeypatch.setattr(winograd, "FEWEST_PIXELS_GRADIENT", 0)
-    monkeypatch.setattr(winograd, "MOST_PRODUCTS", math.inf)
+def always():
+    """Every 3x3 convolution, however small."""
+    with convolving("winograd"):
+        yield
 
 
 @pytest.fixture(params=list(_native._C.cpu_isas()))
 def isa(request):
-    before = _native._C.cpu_isa()
-    _native._C.cpu_set_isa(request.param)
-    yield request.param
-    _native._C.cpu_set_isa(before)
+    with running_on(request.param, torch.get_num_threads()):
+        yield request.param
 
 
 @pytest.mark.parametrize("packed", [True, False])
