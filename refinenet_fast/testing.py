@@ -14,7 +14,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial, reduce
 from typing import Any
 
@@ -23,11 +23,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from refinenet_fast import backends
-from refinenet_fast.backends import Backend, WayIn, WayOut
+from refinenet_fast.backends import PLAIN_OUT, Backend, WayIn, WayOut
 from refinenet_fast.ops._library import NAMESPACE
 
 Plain = Callable[..., Tensor]  # a differentiable composition of PyTorch's own functions, for any dtype
 Tensors = Sequence[Tensor | None]
+Needs = Sequence[bool] | None  # which gradients are wanted; None for all
+Rows = Iterator[tuple[str, str, float, float]]  # op, direction (forward, backward or decisions), error, limit
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 WINOGRAD_ERROR = 1e-5  # in float32; F(4x4, 3x3) stays below it up to several thousand channels
 SMALL = 1000  # below so many elements a sum may cancel, and its error is taken relative to the sum of absolute values
@@ -87,34 +89,47 @@ def exact_float32() -> Iterator[None]:
 
 
 def compare(
-    got: Sequence[Tensor], plain: Plain, inputs: Tensors, gy: Tensor | None = None, winograd: bool = False
+    got: Sequence[Tensor],
+    plain: Plain,
+    inputs: Tensors,
+    gy: Tensor | None = None,
+    winograd: bool = False,
+    needs: Needs = None,
 ) -> tuple[float, float]:
-    """Error and limit of ``plain(*inputs)``, or with ``gy`` of its gradients in all inputs: of the worst of ``got``.
+    """Error and limit of ``plain(*inputs)``, or with ``gy`` of its gradients: of the worst of ``got``.
 
     The limit is that of :func:`tolerance`. The truth is ``plain`` in float64; ``plain`` in the inputs' own dtype says
-    how large PyTorch's error is.
+    how large PyTorch's error is. ``needs`` says for each input whether its gradient is in ``got``; by default all are.
     """
     given: list[Tensor | None] = [*inputs, gy]
     dtype = next(t.dtype for t in given if t is not None)  # the activations': parameters may be float32 beside them
     wide = _each(given, Tensor.double)
-    truth = sizes = _outcomes(plain, wide)
+    outcomes = partial(_outcomes, plain, needs)
+    truth = sizes = outcomes(wide)
     if any(t.numel() < SMALL for t in truth):
-        sizes = _outcomes(plain, _each(wide, Tensor.abs))
+        sizes = outcomes(_each(wide, Tensor.abs))
     pairs: list[tuple[float, float]] = []
-    for value, want, pytorch, size in zip(got, truth, _outcomes(plain, given), sizes, strict=True):
+    for value, want, pytorch, size in zip(got, truth, outcomes(given), sizes, strict=True):
         scale = size if want.numel() < SMALL else want
         limit = tolerance(dtype, relative_l2(pytorch, want, scale), winograd)
         pairs.append((relative_l2(value, want, scale), limit))
     return max(pairs, key=lambda pair: pair[0] / pair[1])
 
 
-def _outcomes(plain: Plain, given: Tensors) -> list[Tensor]:
+def _outcomes(plain: Plain, needs: Needs, given: Tensors) -> list[Tensor]:
     *inputs, gy = given
     if gy is None:
         return [plain(*inputs)]
-    leaves = _each(inputs, lambda t: t.detach().requires_grad_())
+    leaves, wanted = as_leaves(inputs, needs)
     with torch.enable_grad():
-        return list(torch.autograd.grad(plain(*leaves), [leaf for leaf in leaves if leaf is not None], gy))
+        return list(torch.autograd.grad(plain(*leaves), wanted, gy))
+
+
+def as_leaves(tensors: Tensors, needs: Needs = None) -> tuple[list[Tensor | None], list[Tensor]]:
+    """The tensors without a history, and those of them that require a gradient: all, or those that ``needs`` names."""
+    leaves = _each(tensors, lambda t: t.detach())
+    pairs = zip(leaves, needs or [True] * len(leaves), strict=True)
+    return leaves, [leaf.requires_grad_() for leaf, need in pairs if need and leaf is not None]
 
 
 def _each(tensors: Tensors, change: Callable[[Tensor], Tensor]) -> list[Tensor | None]:
@@ -192,6 +207,24 @@ def conv(x: Tensor, w: Tensor | None, b: Tensor | None = None) -> Tensor:
     return F.conv2d(x, w.to(x.dtype), None if b is None else b.to(x.dtype), padding=w.shape[2] // 2)
 
 
+def convolution(x: Tensor, w: Tensor, way_in: WayIn, way_out: WayOut) -> Tensor:
+    """The backends' ``conv3x3`` in plain PyTorch: the convolution and all its steps, one after another."""
+    x = x.relu() if way_in.relu else x
+    x = maxpool(x) if way_in.pool else x
+    return convolution_steps(conv(x, w, way_out.bias), way_out)
+
+
+def convolution_steps(y: Tensor, way_out: WayOut) -> Tensor:
+    """The steps on the way out that follow the bias."""
+    y = y.relu() if way_out.relu else y
+    y = y if way_out.select is None else torch.where(~(way_out.select <= 0), y, 0)
+    for t in (*way_out.add, *(t.relu() for t in way_out.add_relu)):
+        y = y + t
+    if way_out.upsample is not None:
+        y = y + resize(way_out.upsample, y.shape[2:], way_out.align_corners)
+    return y
+
+
 def eager(call: Call, *tensors: Tensor | None, steps: Imposed | None = None) -> Tensor:
     """The hot path of ``call`` in plain PyTorch, on ``tensors`` in place of its own; with decisions from ``steps``."""
     relu, pool = (steps.relu, steps.pool) if steps else (torch.relu, maxpool)
@@ -251,9 +284,10 @@ class Call:
     def train(self, backend: str) -> tuple[Tensor, list[Tensor]]:
         return self._op("_train")(self.tensors, *self.options, backend)
 
-    def gradients(self, gy: Tensor, saved: list[Tensor], backend: str) -> list[Tensor]:
-        needs = [t is not None for t in self.tensors]
-        return self._op("_backward")(gy, self.tensors, saved, needs, *self.options, backend)
+    def gradients(self, gy: Tensor, saved: list[Tensor], backend: str, needs: Needs = None) -> list[Tensor]:
+        needs = needs or [True] * len(self.tensors)
+        wanted = [need and t is not None for need, t in zip(needs, self.tensors, strict=True)]
+        return self._op("_backward")(gy, self.tensors, saved, wanted, *self.options, backend)
 
 
 def rcu_call(
@@ -316,13 +350,13 @@ def some_calls(shape: Sequence[int], data: Data) -> list[Call]:
     ]
 
 
-def check_call(call: Call, backend: str) -> Iterator[tuple[str, str, float, float]]:
-    """(op, direction, error, limit) of the result, of the worst gradient and of the worst saved decision."""
+def check_call(call: Call, backend: str, needs: Needs = None) -> Rows:
+    """The result, the worst gradient (of those that ``needs`` names, by default all) and the worst saved decision."""
     with poisoned():
         y = call.infer(backend)
         y_train, saved = call.train(backend)
         gy = torch.randn(y.shape, generator=torch.Generator().manual_seed(7)).to(y)
-        grads = call.gradients(gy, saved, backend)
+        grads = call.gradients(gy, saved, backend, needs)
 
     def same_decisions(*tensors: Tensor | None) -> Tensor:
         return eager(call, *tensors, steps=Imposed(call, saved))
@@ -330,7 +364,7 @@ def check_call(call: Call, backend: str) -> Iterator[tuple[str, str, float, floa
     winograd = any(backends.get(backend).is_winograd(x, w) for x, w in _convolutions(call))
     forward = [compare([result], partial(eager, call), call.tensors, winograd=winograd) for result in (y, y_train)]
     yield call.op, "forward", *max(forward)
-    yield call.op, "backward", *compare(grads, same_decisions, call.tensors, gy, winograd)
+    yield call.op, "backward", *compare(grads, same_decisions, call.tensors, gy, winograd, needs)
     steps = Imposed(call, saved)
     eager(call, *_each(call.tensors, Tensor.double), steps=steps)
     yield call.op, "decisions", steps.worst, 2 * max(forward)[1]  # both sides of a tie may be off
@@ -347,50 +381,101 @@ def _convolutions(call: Call) -> list[tuple[Tensor, Tensor]]:
     return [(weights[0], w) for w in weights[1:]]
 
 
-def check_pool_and_bilinear(
-    kernels: Backend, shape: Sequence[int], data: Data
-) -> Iterator[tuple[str, str, float, float]]:
-    """(kernel, direction, error, limit) of the kernels without a convolution."""
-    x, gy, (n, c, h, w) = data(*shape), data(*shape, salt=1), shape
+def check_maxpool5(
+    kernels: Backend,
+    x: Tensor,  # (N, C, H, W)
+    gy: Tensor,  # (N, C, H, W)
+    relu: bool,
+    add: Tensor | None,  # (N, C, H, W)
+) -> Rows:
+    """The pool, whose values and choices have to be exact."""
     with poisoned():
-        value, argmax = kernels.maxpool5(x, relu=True, argmax=True)
-        gx = kernels.maxpool5_backward(gy, argmax, add=gy)
-    yield "maxpool5", "forward", relative_l2(value, maxpool(x.relu())), 0.0
-    yield "maxpool5", "decisions", relative_l2(pick(x.relu(), argmax), value), 0.0
-    yield "maxpool5", "backward", *compare([gx], lambda t: pick(t, argmax) + t, [x], gy)
+        value, argmax = kernels.maxpool5(x, relu, argmax=True)
+        gx = kernels.maxpool5_backward(gy, argmax, add)
+    seen = x.relu() if relu else x
+    yield "maxpool5", "forward", relative_l2(value, maxpool(seen)), 0.0
+    yield "maxpool5", "decisions", relative_l2(pick(seen, argmax), value), 0.0
+    both = torch.stack([gy] if add is None else [gy, add])
+    yield "maxpool5", "backward", *compare([gx], lambda t: torch.stack([pick(t, argmax), t][: len(both)]), [x], both)
+
+
+def check_bilinear(
+    kernels: Backend,
+    x: Tensor,  # (N, C, h, w)
+    gy: Tensor,  # (N, C, H, W)
+    align_corners: bool,
+    add: Tensor | None,  # (N, C, H, W)
+    overwrite_add: bool = False,
+) -> Rows:
+    """Resizing to the size of ``gy``."""
+    size = (gy.shape[2], gy.shape[3])
+    with poisoned():
+        y = kernels.bilinear(x, size, align_corners, add.clone() if overwrite_add else add, overwrite_add)
+        gx = kernels.bilinear_backward(gy, (x.shape[2], x.shape[3]), align_corners)
+    resized = partial(resize, size=size, align_corners=align_corners)
+    yield "bilinear", "forward", *compare([y], lambda x, *add: sum(add, resized(x)), [x] if add is None else [x, add])
+    yield "bilinear", "backward", *compare([gx], resized, [x], gy)
+
+
+def check_conv3x3(
+    kernels: Backend,
+    x: Tensor,  # (N, C, H, W)
+    weight: Tensor,  # (K, C, R, R)
+    gy: Tensor,  # (N, K, H, W)
+    way_in: WayIn,
+    way_out: WayOut,
+    way_back: WayOut = PLAIN_OUT,
+    pack: bool = False,
+) -> Rows:
+    """A convolution with its steps, its input gradient with those of ``way_back``, its parameters' (with no pool)."""
+    bias, relu, winograd = way_out.bias, WayIn(relu=way_in.relu), kernels.is_winograd(x, weight)
+    with poisoned():
+        y = kernels.conv3x3(x, weight, way_in, way_out, pack)
+        gx = kernels.conv3x3_input_grad(gy, weight, way_back)
+        grads = [t for t in kernels.parameter_grads(x, gy, weight, bias, relu) if t is not None]
+
+    def forward(x: Tensor, weight: Tensor, *others: Tensor | None) -> Tensor:
+        return convolution(x, weight, way_in, _with_tensors(way_out, others))
+
+    def backward(gy: Tensor, weight: Tensor, *others: Tensor | None) -> Tensor:
+        gx = F.conv_transpose2d(gy, weight.to(gy.dtype), padding=weight.shape[2] // 2)
+        return convolution_steps(gx, _with_tensors(way_back, others))
+
+    def with_bias(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return convolution(x, weight, relu, WayOut(bias))
+
+    yield "conv3x3", "forward", *compare([y], forward, [x, weight, *_tensors(way_out)], winograd=winograd)
+    yield "conv3x3", "backward", *compare([gx], backward, [gy, weight, *_tensors(way_back)], winograd=winograd)
+    error, limit = compare(grads, with_bias, [x, weight, bias], gy, winograd, needs=[False, True, True])
+    yield "conv3x3_weight_grad", "backward", error, limit
+
+
+def _tensors(way_out: WayOut) -> list[Tensor | None]:
+    return [way_out.bias, way_out.select, way_out.upsample, *way_out.add, *way_out.add_relu]
+
+
+def _with_tensors(way_out: WayOut, tensors: Tensors) -> WayOut:
+    bias, mask, low, *maps = tensors
+    add, add_relu = tuple(maps[: len(way_out.add)]), tuple(maps[len(way_out.add) :])
+    return replace(way_out, bias=bias, select=mask, upsample=low, add=add, add_relu=add_relu)
+
+
+def check_pool_and_bilinear(kernels: Backend, shape: Sequence[int], data: Data) -> Rows:
+    """The kernels without a convolution."""
+    x, gy, (n, c, h, w) = data(*shape), data(*shape, salt=1), shape
+    yield from check_maxpool5(kernels, x, gy, relu=True, add=gy)
     high = data(n, c, 2 * h - 1, w + 3, salt=2)
     for corners in (True, False):
-        resized = partial(resize, size=high.shape[2:], align_corners=corners)
-        with poisoned():
-            y = kernels.bilinear(x, (2 * h - 1, w + 3), corners, add=high)
-            gx = kernels.bilinear_backward(high, (h, w), corners)
-        yield "bilinear", "forward", *compare([y], lambda x, high, f=resized: high + f(x), [x, high])
-        yield "bilinear", "backward", *compare([gx], resized, [x], high)
+        yield from check_bilinear(kernels, x, high, corners, add=high)
 
 
-def check_kernels(kernels: Backend, shape: Sequence[int], data: Data) -> Iterator[tuple[str, str, float, float]]:
-    """(kernel, direction, error, limit) of the four kernels alone."""
+def check_kernels(kernels: Backend, shape: Sequence[int], data: Data) -> Rows:
+    """The four kernels alone."""
     yield from check_pool_and_bilinear(kernels, shape, data)
     x, (n, c, h, w) = data(*shape), shape
     weight, bias = data.weight(c + 1, c, 3, salt=3), data(c + 1, salt=4)
-    winograd = kernels.is_winograd(x, weight)
     gy, low = data(n, c + 1, h, w, salt=5), data(n, c + 1, (h + 1) // 2, (w + 1) // 2, salt=6)
-    with poisoned():
-        y = kernels.conv3x3(x, weight, WayIn(relu=True, pool=True), WayOut(bias, True, gy, (gy,), (gy,), low))
-        gw, gb = kernels.parameter_grads(x, gy, weight, bias, WayIn(relu=True))
-        gx = kernels.conv3x3_input_grad(gy, weight)
-
-    def all_steps(x: Tensor, weight: Tensor, bias: Tensor, gy: Tensor, low: Tensor) -> Tensor:
-        y = torch.where(gy > 0, conv(maxpool(x.relu()), weight, bias).relu(), 0)
-        return y + gy + gy.relu() + resize(low, (h, w), True)
-
-    yield "conv3x3", "forward", *compare([y], all_steps, [x, weight, bias, gy, low], winograd=winograd)
-    yield "conv3x3", "backward", *compare([gx], lambda x: conv(x, weight), [x], gy, winograd)
-    yield (
-        "conv3x3_weight_grad",
-        "backward",
-        *compare([gw, gb], lambda w, b: conv(x.to(w.dtype).relu(), w, b), [weight, bias], gy, winograd),
-    )
+    yield from check_conv3x3(kernels, x, weight, gy, WayIn(True, True), WayOut(bias, True, gy, (gy,), (gy,), low))
 
 
 def check_backends(device: str) -> list[dict[str, Any]]:

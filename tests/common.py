@@ -10,13 +10,15 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import refinenet_fast
-from refinenet_fast import backends, ops, testing
+from refinenet_fast import _native, backends, ops, testing
+from refinenet_fast.backends import engine
 from refinenet_fast.testing import Call, Data
 
 
@@ -66,9 +68,9 @@ sides = st.one_of(st.just(1), st.sampled_from([2, 3, 5, 7, 11, 13, 17]), st.inte
 shapes = st.tuples(st.sampled_from([1, 2, 0, 3]), st.integers(1, 70), sides, sides)  # (N, C, H, W)
 narrow = st.tuples(st.sampled_from([1, 2, 0, 3]), st.integers(1, 9), sides, sides)
 seeds = st.integers(0, 999)
-layouts = st.sampled_from(
-    ["channels_last", "contiguous", "transposed", "rows", "channels", "expanded", "expanded_batch"]
-)
+LAYOUTS = ["channels_last", "contiguous", "transposed", "rows", "channels", "expanded", "expanded_batch"]
+layouts = st.sampled_from(LAYOUTS)
+MEMORIES = ["contiguous", "channels_last", "transposed", "sliced"]  # of weights
 
 
 def laid_out(x: Tensor, how: str) -> Tensor:  # (N, C, H, W)
@@ -90,6 +92,17 @@ def laid_out(x: Tensor, how: str) -> Tensor:  # (N, C, H, W)
     return x.contiguous()
 
 
+def in_memory(weight: Tensor, memory: str) -> Tensor:  # (K, C, R, R)
+    """The weight in memory of that kind, perhaps other numbers."""
+    if memory == "channels_last":
+        return weight.contiguous(memory_format=torch.channels_last)
+    if memory == "transposed":
+        return weight.transpose(0, 1).contiguous().transpose(0, 1)
+    if memory == "sliced":  # gaps in memory, for which PyTorch too allocates a dense gradient
+        return weight.repeat(2, 1, 1, 1)[::2]
+    return weight.contiguous()
+
+
 def sprinkled(x: Tensor, seed: int) -> Tensor:
     """``x`` with a few NaN and infinities, and on some seeds -inf over whole windows."""
     generator = torch.Generator().manual_seed(seed)
@@ -100,6 +113,37 @@ def sprinkled(x: Tensor, seed: int) -> Tensor:
     for k, value in enumerate((torch.nan, torch.inf, -torch.inf)):
         x[(lot > k / 30) & (lot < (k + 1) / 30)] = value
     return x
+
+
+@contextmanager
+def convolving(how: str) -> Iterator[None]:
+    """Within the block the ``cpu`` backend convolves by its "engine" at any size, by the "vendor", or as "chosen"."""
+
+    def pays(
+        x: torch.Tensor,  # (N, C, H, W)
+        weight: torch.Tensor,  # (K, C, R, R)
+        rotated: bool = False,
+    ) -> bool:
+        return how == "engine" and engine.runs(x, weight)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if how != "chosen":
+            patch.setattr(engine, "pays", pays)
+            patch.setattr(engine, "gradient_pays", lambda x, weight: pays(x, weight) and weight.shape[2] == 3)
+        yield
+
+
+@contextmanager
+def running_on(isa: str, threads: int) -> Iterator[None]:
+    """Within the block the compiled core runs on that instruction set, and everything on so many threads."""
+    before = _native._C.cpu_isa(), torch.get_num_threads()
+    try:
+        _native._C.cpu_set_isa(isa)
+        torch.set_num_threads(threads)
+        yield
+    finally:
+        _native._C.cpu_set_isa(before[0])
+        torch.set_num_threads(before[1])
 
 
 # -- comparisons -------------------------------------------------------------------------------------------------------
@@ -170,12 +214,11 @@ def public(call: Call, *tensors: Tensor | None) -> Tensor:
 
 
 def with_gradients(
-    function: Callable[..., Tensor], call: Call, gy: Tensor | None = None
+    function: Callable[..., Tensor], call: Call, gy: Tensor | None = None, needs: testing.Needs = None
 ) -> tuple[Tensor, list[Tensor]]:
-    """``function(call, *tensors)`` and its gradients in all tensors; ``gy`` = None: those of its sum."""
-    leaves = [None if t is None else t.detach().requires_grad_() for t in call.tensors]
+    """``function(call, *tensors)`` and its gradients in those that ``needs`` names; ``gy`` = None: those of its sum."""
+    leaves, wanted = testing.as_leaves(call.tensors, needs)
     y = function(call, *leaves)
-    wanted = [leaf for leaf in leaves if leaf is not None]
     grads = torch.autograd.grad(y.sum(), wanted) if gy is None else torch.autograd.grad(y, wanted, gy)
     return y.detach(), list(grads)
 

@@ -10,28 +10,25 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from common import assert_equal, assert_same_bits, laid_out, layouts, narrow, seeds, sprinkled, unchanged
+from common import (
+    MEMORIES,
+    assert_equal,
+    assert_same_bits,
+    in_memory,
+    laid_out,
+    layouts,
+    narrow,
+    seeds,
+    sprinkled,
+    unchanged,
+)
 from refinenet_fast.backends import WayIn, WayOut, get, rotated
 from refinenet_fast.layout import nhwc_strides
-from refinenet_fast.testing import Data, compare, conv, maxpool, poisoned, relative_l2, resize
+from refinenet_fast.testing import Data, compare, conv, convolution, poisoned, relative_l2
 
 ways_in = st.builds(WayIn, relu=st.booleans(), pool=st.booleans())
 kernel_sizes = st.sampled_from([1, 3])
 STEPS = ("bias", "relu", "select", "add", "add_relu", "upsample")
-
-
-def written_out(x: Tensor, w: Tensor, way_in: WayIn, way_out: WayOut) -> Tensor:
-    """The convolution and all its steps, one after another."""
-    x = x.relu() if way_in.relu else x
-    x = maxpool(x) if way_in.pool else x
-    y = conv(x, w, way_out.bias)
-    y = y.relu() if way_out.relu else y
-    y = y if way_out.select is None else torch.where(~(way_out.select <= 0), y, 0)
-    for t in (*way_out.add, *(t.relu() for t in way_out.add_relu)):
-        y = y + t
-    if way_out.upsample is not None:
-        y = y + resize(way_out.upsample, y.shape[2:], way_out.align_corners)
-    return y
 
 
 def way_out_of(steps: set[str], data: Data, n: int, k: int, h: int, w: int) -> WayOut:
@@ -68,7 +65,7 @@ def test_ways_in_and_out_happen_in_their_order(place32, sides, out, kernel, way_
     maps = (way_out.select, *way_out.add, *way_out.add_relu, way_out.upsample)
     with unchanged(x, weight, way_out.bias, *maps), poisoned():
         y = place32.kernels.conv3x3(x, weight, way_in, way_out)
-    assert_equal(y, written_out(x, weight, way_in, way_out))
+    assert_equal(y, convolution(x, weight, way_in, way_out))
     assert y.stride() == nhwc_strides(y.shape)
 
 
@@ -78,7 +75,7 @@ def test_each_pair_of_steps(place32, first, second):
     x, weight = data(1, 3, 5, 7), data.weight(4, 3, 3, salt=1)
     way_out = way_out_of({first, second}, data, 1, 4, 5, 7)
     y = place32.kernels.conv3x3(x, weight, way_out=way_out)
-    assert_equal(y, written_out(x, weight, WayIn(), way_out))
+    assert_equal(y, convolution(x, weight, WayIn(), way_out))
 
 
 def test_a_nan_in_the_mask_selects(place):
@@ -102,9 +99,9 @@ def test_against_float64(place, shape, out, kernel, way_in, how, seed):
         gw, gb = place.kernels.conv3x3_weight_grad(x, gy, weight, way_in), place.kernels.bias_grad(gy, bias)
     plain_x, winograd = laid_out(data(*shape), how), place.kernels.is_winograd(x, weight)
     checks = [
-        compare([y], lambda x, w, b: written_out(x, w, way_in, WayOut(bias=b)), [x, weight, bias], winograd=winograd),
+        compare([y], lambda x, w, b: convolution(x, w, way_in, WayOut(bias=b)), [x, weight, bias], winograd=winograd),
         compare([gx], lambda x: conv(x, weight), [plain_x], gy, winograd),
-        compare([gw, gb], lambda w, b: written_out(x.to(w.dtype), w, way_in, WayOut(bias=b)), [weight, bias], gy),
+        compare([gw, gb], lambda w, b: convolution(x.to(w.dtype), w, way_in, WayOut(bias=b)), [weight, bias], gy),
     ]
     for error, limit in checks:
         assert error <= limit
@@ -115,7 +112,7 @@ def test_against_float64(place, shape, out, kernel, way_in, how, seed):
     [((1, 16, 16, 16), 16), ((2, 33, 8, 23), 17), ((1, 40, 3, 300), 70), ((1, 19, 61, 7), 32), ((3, 256, 17, 12), 24)],
     ids=str,
 )
-@pytest.mark.parametrize("memory", ["contiguous", "channels_last", "transposed", "sliced"])
+@pytest.mark.parametrize("memory", MEMORIES)
 def test_many_channels_with_every_step(place32, shape, out, memory):
     """The sizes from which a backend has better than a direct convolution; weights in any memory."""
     data = place32.data()
@@ -128,7 +125,7 @@ def test_many_channels_with_every_step(place32, shape, out, memory):
 
     def all_steps(x: Tensor, weight: Tensor, bias: Tensor, mask: Tensor, *adds: Tensor) -> Tensor:
         way_out = WayOut(bias, True, mask, adds[:2], adds[2:3], adds[3])
-        return written_out(x, weight, WayIn(relu=True), way_out)
+        return convolution(x, weight, WayIn(relu=True), way_out)
 
     def backward(gy: Tensor, x: Tensor) -> Tensor:
         gx = torch.nn.functional.conv_transpose2d(gy, weight.to(gy.dtype), padding=1)
@@ -144,19 +141,8 @@ def test_many_channels_with_every_step(place32, shape, out, memory):
         assert error <= limit and gx.stride() == nhwc_strides(gx.shape)
 
 
-def in_memory(weight: Tensor, memory: str) -> Tensor:
-    """The weight in memory of that kind, perhaps other numbers."""
-    if memory == "channels_last":
-        return weight.contiguous(memory_format=torch.channels_last)
-    if memory == "transposed":
-        return weight.transpose(0, 1).contiguous().transpose(0, 1)
-    if memory == "sliced":  # gaps in memory, for which PyTorch too allocates a dense gradient
-        return weight.repeat(2, 1, 1, 1)[::2]
-    return weight.contiguous()
-
-
 @pytest.mark.parametrize("kernel", [1, 3])
-@pytest.mark.parametrize("memory", ["contiguous", "channels_last", "transposed", "sliced"])
+@pytest.mark.parametrize("memory", MEMORIES)
 @pytest.mark.parametrize("batch", [2, 0])
 def test_gradients_have_the_parameters_dtype_and_strides(place, batch, memory, kernel):
     x, gy = place.data()(batch, 6, 5, 4), place.data()(batch, 4, 5, 4, salt=1)

@@ -117,7 +117,7 @@ def test_tune_in_training_leaves_the_model_as_it_was(folder):
     assert all(torch.equal(t, before[name]) for name, t in block.state_dict().items())
     assert all(p.grad is None for p in block.parameters()) and block.training
     kernels = {r["kernel"] for r in json.loads(next(folder.iterdir()).read_text())["rows"]}
-    assert kernels == {"cpu conv3x3_unpacked", "cpu weight_grad"}
+    assert kernels == {"cpu conv3x3", "cpu weight_grad"}
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -126,7 +126,7 @@ def test_tune_in_training_leaves_the_model_as_it_was(folder):
 def test_the_cpu_backend_does_as_its_table_says(folder, choice):
     x, weight = torch.randn(1, 32, 16, 16), torch.randn(32, 32, 3, 3)
     table.write(_native._C.cpu_isa(), [row(SHAPE, choice, "cpu conv3x3", "float32")], {})
-    assert engine.pays(x, weight, packed=True) == (choice == "winograd")
+    assert engine.pays(x, weight) == (choice == "winograd")
     assert backends.get("cpu").fuses(x, weight, pack=True) == (
         engine.FUSES if choice == "winograd" else backends.cpu.ONEDNN_FUSES
     )

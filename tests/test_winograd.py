@@ -1,14 +1,13 @@
-"""Winograd's convolution on its own: where it is chosen, sizes and steps for which it would not be, and its cache."""
+"""The CPU's own convolutions: where they are chosen, sizes and steps for which they would not be; packed weights."""
 
 from __future__ import annotations
 
 import itertools
-import math
 
 import pytest
 import torch
 
-from common import assert_same_bits, run_python
+from common import assert_same_bits, convolving, run_python, running_on
 from refinenet_fast import _native, testing
 from refinenet_fast.backends import WayIn, WayOut, engine, get
 from refinenet_fast.backends.packed import PackedWeights
@@ -23,43 +22,32 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 
 @pytest.fixture
-def always(monkeypatch):
-    """Every 3x3 convolution in float32, however small."""
-    monkeypatch.setattr(engine, "FEWEST_CHANNELS", 1)
-    monkeypatch.setattr(engine, "FEWEST_PIXELS", 0)
-    monkeypatch.setattr(engine, "FEWEST_PIXELS_UNPACKED", 0)
-    monkeypatch.setattr(engine, "FEWEST_PIXELS_GRADIENT", 0)
-    monkeypatch.setattr(engine, "MOST_PRODUCTS", math.inf)
+def always():
+    """Every convolution, however small."""
+    with convolving("engine"):
+        yield
 
 
 @pytest.fixture(params=list(_native._C.cpu_isas()))
 def isa(request):
-    before = _native._C.cpu_isa()
-    _native._C.cpu_set_isa(request.param)
-    yield request.param
-    _native._C.cpu_set_isa(before)
+    with running_on(request.param, torch.get_num_threads()):
+        yield request.param
 
 
-@pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize("channels, side", [(256, 128), (256, 64), (256, 32), (512, 32), (64, 16)])
-def test_it_is_chosen_at_refinenets_shapes(channels, side, packed):
+@pytest.mark.parametrize("channels, side", [(256, 128), (256, 64), (256, 32), (512, 32), (512, 16), (64, 16)])
+def test_it_is_chosen_at_refinenets_shapes(channels, side):
     x, weight = torch.empty(1, channels, side, side), torch.empty(channels, channels, 3, 3)
-    assert engine.pays(x, weight, packed)
-    assert not engine.pays(x.half(), weight, packed) and not engine.pays(x.double(), weight, packed)
-    assert not engine.pays(x, torch.empty(channels, channels, 1, 1), packed)
-    assert not engine.pays(x[:, :8], torch.empty(channels, 8, 3, 3), packed)
-
-
-def test_512_channels_at_16_are_chosen_for_inference_only():
-    x, weight = torch.empty(1, 512, 16, 16), torch.empty(512, 512, 3, 3)
-    assert engine.pays(x, weight, packed=True) and not engine.pays(x, weight, packed=False)
+    assert engine.pays(x, weight)
+    assert not engine.pays(x.half(), weight) and not engine.pays(x.double(), weight)
+    assert not engine.pays(x, torch.empty(channels, channels, 1, 1))
+    assert not engine.pays(x[:, :8], torch.empty(channels, 8, 3, 3))
 
 
 @pytest.mark.parametrize("amx", [True, False])
 def test_bfloat16_is_the_vendors_where_the_processor_multiplies_it(amx, monkeypatch):
     monkeypatch.setattr(engine, "_multiplies_bfloat16", lambda: amx)
     x, weight = torch.empty(1, 256, 64, 64, dtype=torch.bfloat16), torch.empty(256, 256, 3, 3)
-    assert engine.pays(x, weight, packed=True) is not amx and engine.gradient_pays(x, weight) is not amx
+    assert engine.pays(x, weight) is not amx and engine.gradient_pays(x, weight) is not amx
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -162,7 +150,6 @@ def test_more_blocks_panels_and_threads_change_no_bit(always, isa):
 DEFAULTS = """
 import torch
 from refinenet_fast import ops
-from refinenet_fast.backends import engine
 
 x, w = torch.randn(1, 48, 40, 40), torch.randn(48, 48, 3, 3) / 21
 for default in (torch.float32, torch.bfloat16, torch.float64, torch.float32):

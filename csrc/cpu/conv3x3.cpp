@@ -56,7 +56,7 @@ Band band(const Tile& first, int64_t tiles) { return {first.n, first.y - 1, firs
 // What all threads work in: of a small map its patches, else the weights. And what each has for itself.
 struct Scratch {
   int64_t v_elements, u_elements, m_elements, pooled_elements;
-  float* v;       // [36][tiles][pitch]: patches
+  float* v;       // [tiles][36][pitch]: patches
   float* u;       // [groups][36][panels of the group][C][kPanel]: weights
   float* m;       // [panels of the group][block][36][kPanel]: products
   float* pooled;  // [band().elements()]
@@ -95,7 +95,7 @@ void transform_weights(const Convolution& p, int64_t panel, float* u /* [36][.][
   }
 }
 
-// Neighbouring tiles of a row, pooled and transformed, to v[point][tile].
+// Neighbouring tiles of a row, pooled and transformed, to v[tile][point].
 template <bool kRelu, class T>
 void transform_pooled(const Convolution& p, const Division& d, const Scratch& s, const Band& band, int64_t tiles,
                       float* v) {
@@ -110,7 +110,7 @@ void transform_pooled(const Convolution& p, const Division& d, const Scratch& s,
   }
 }
 
-// `count` tiles from `begin` on, transformed, to v[point][tile].
+// `count` tiles from `begin` on, transformed, to v[tile][point].
 template <bool kRelu, class T>
 void transform_tiles(const Convolution& p, const Division& d, const Scratch& s, int64_t begin, int64_t count,
                      float* v) {

@@ -71,15 +71,20 @@ struct Scratch {
   ~Scratch() { std::free(memory); }
 
   void* at_least(size_t wanted) {
-    if (wanted > bytes) {
-      std::free(memory);
-      const size_t page = wanted < kHugePage ? 64 : kHugePage;
-      memory = std::aligned_alloc(page, (wanted + page - 1) / page * page);
-#ifdef MADV_HUGEPAGE
-      if (memory && page == kHugePage) madvise(memory, (wanted + page - 1) / page * page, MADV_HUGEPAGE);
+#ifdef __SANITIZE_ADDRESS__
+    const bool enough = wanted == bytes;  // so that an access behind what was asked for is found
+#else
+    const bool enough = wanted <= bytes;
 #endif
+    if (!enough) {
+      std::free(memory);
+      const size_t page = wanted < kHugePage ? 64 : kHugePage, rounded = (wanted + page - 1) / page * page;
+      memory = std::aligned_alloc(page, rounded);
       bytes = memory ? wanted : 0;
       if (!memory) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+      if (page == kHugePage) madvise(memory, rounded, MADV_HUGEPAGE);
+#endif
     }
     return memory;
   }

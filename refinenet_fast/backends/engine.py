@@ -206,4 +206,3 @@ def _turned(
     along_c, along_k, along_y, along_x = weight.stride()
     last = (weight.shape[2] - 1) * (along_y + along_x)
     return pointer(weight) + weight.element_size() * last, [along_k, along_c, -along_y, -along_x]
-

@@ -23,7 +23,7 @@ class PackedWeights:
 
     Args:
         capacity: Bytes kept at most; by default ``REFINENET_FAST_PACKED_MB`` megabytes, 2048 where that is not set.
-            RefineNet-101's decoder has 300 MB of weights in float32, four times that transformed for Winograd.
+            RefineNet-101's decoder has 300 MB of weights in float32.
     """
 
     def __init__(self, capacity: int | None = None) -> None:
