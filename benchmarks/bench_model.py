@@ -22,6 +22,7 @@ from refinenet_fast import (
     RefineNet,
     ResidualConvUnit,
 )
+from refinenet_fast.blocks import Convolution
 
 NETWORKS = {
     "refinenet50": {"trunk": "resnet50", "crp_stages": 4},
@@ -75,6 +76,7 @@ class PlainNetwork(RefineNet):
 
 
 PLAIN = {
+    Convolution: torch.nn.Conv2d,
     ResidualConvUnit: PlainUnit,
     MultiResolutionFusion: PlainFusion,
     ChainedResidualPooling: PlainPooling,

@@ -1,6 +1,6 @@
 """RefineNet's blocks as modules, named as in the paper (Lin et al., CVPR 2017, section 3.2; arXiv 1611.06612).
 
-Their children are ordinary ``nn.Conv2d``, so initialisation, weight decay groups, parametrizations and state dicts work
+Their children are ``nn.Conv2d``, so initialisation, weight decay groups, parametrizations and state dicts work
 as everywhere. Inside a fused op a child only holds its parameters: its own forward, and hooks on it, do not run. All
 blocks take any floating dtype and return ``channels_last`` memory; under autocast the parameters stay float32.
 """
@@ -15,6 +15,35 @@ from torch import Tensor, nn
 from refinenet_fast.ops import _check, crp, fuse, rcu, rcu_run
 from refinenet_fast.ops.crp import ORDERS
 from refinenet_fast.ops.rcu import SKIPS
+
+
+class Convolution(nn.Conv2d):
+    """An ``nn.Conv2d`` that a backend runs: 3x3 or 1x1, and of the size of its input.
+
+    Raises:
+        ValueError: It is another convolution than that; says which argument.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if not self.covers(self):
+            raise ValueError(
+                f"expected a 3x3 convolution with padding 1, or a 1x1 one, and no other option, got {self}"
+            )
+
+    @staticmethod
+    def covers(conv: nn.Conv2d) -> bool:
+        """Whether this class can take the place of a convolution."""
+        side = conv.kernel_size[0]
+        same = conv.padding == (side // 2, side // 2) or conv.padding == "same"
+        plain = conv.stride == (1, 1) and conv.dilation == (1, 1) and conv.groups == 1 and conv.padding_mode == "zeros"
+        return conv.kernel_size in ((1, 1), (3, 3)) and same and plain
+
+    def forward(
+        self,
+        x: Tensor,  # (N, C, H, W)
+    ) -> Tensor:  # (N, K, H, W)
+        return fuse([x], [self.weight], [self.bias])
 
 
 class ResidualConvUnit(nn.Module):
@@ -216,9 +245,9 @@ class RefineNetBlock(nn.Module):
         return self.output(self.pooling(y))
 
 
-def _conv(in_channels: int, channels: int, kernel_size: int = 3, bias: bool = False) -> nn.Conv2d:
-    """A convolution that keeps the size; the decoder's have no bias unless something else is said."""
-    return nn.Conv2d(in_channels, channels, kernel_size, padding=kernel_size // 2, bias=bias)
+def _conv(in_channels: int, channels: int, kernel_size: int = 3, bias: bool = False) -> Convolution:
+    """The decoder's convolutions have no bias unless something else is said."""
+    return Convolution(in_channels, channels, kernel_size, padding=kernel_size // 2, bias=bias)
 
 
 def _weights(convs: Iterable[Any]) -> list[Tensor]:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from refinenet_fast import folding, published
-from refinenet_fast.blocks import RefineNetBlock, check_count, check_flag, check_kernel, check_positive
+from refinenet_fast.blocks import Convolution, RefineNetBlock, check_count, check_flag, check_kernel, check_positive
 from refinenet_fast.initialise import INITS, initialise
 from refinenet_fast.ops import _check, fuse
 from refinenet_fast.ops._autocast import autocast_dtype
@@ -155,7 +155,7 @@ class RefineNet(nn.Module):
             )
             previous = channels_out
         kernel = HEADS[head]
-        self.classifier = nn.Conv2d(width, num_classes, kernel, padding=kernel // 2)
+        self.classifier = Convolution(width, num_classes, kernel, padding=kernel // 2)
         initialise(self.blocks, self.classifier, init)
         for norm in self._frozen():
             norm.requires_grad_(False)

@@ -22,8 +22,9 @@ static inline Corners corners(const BilinearTaps& row, const BilinearTaps& colum
 // Some channels of the pixel, from those of an image [h, w, C].
 template <class T, class Count>
 static inline Float blend(const T* image, const Corners& k, int64_t c, Count lanes) {
-  Float sum = splat(k.weights[0]) * load(image + k.at[0] + c, lanes);
-  for (int i = 1; i < 4; ++i) sum += splat(k.weights[i]) * load(image + k.at[i] + c, lanes);
+  Float sum{};  // from 0, so that which product is rounded on its own is not the compiler's choice, here and there
+                // another
+  for (int i = 0; i < 4; ++i) sum += splat(k.weights[i]) * load(image + k.at[i] + c, lanes);
   return sum;
 }
 
