@@ -21,6 +21,11 @@ STEPS = ("bias", "relu", "select", "add", "add_relu", "upsample")
 DTYPES = [torch.float32, torch.bfloat16]
 
 
+def hold(rows):
+    for op, direction, error, limit in rows:
+        assert error <= limit, f"{op} {direction}: error {error:.3g}, limit {limit:.3g}"
+
+
 @pytest.fixture
 def always():
     """Every convolution, however small."""
@@ -53,8 +58,7 @@ def test_bfloat16_is_the_vendors_where_the_processor_multiplies_it(amx, monkeypa
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [*testing.ODD, (1, 1, 4, 5), (2, 9, 8, 3), (1, 70, 5, 6), (1, 40, 21, 22)], ids=str)
 def test_any_size(always, isa, shape, dtype):
-    for op, direction, error, limit in testing.check_kernels(get("cpu"), shape, Data(dtype)):
-        assert error <= limit, f"{op} {direction}: error {error:.3g}, limit {limit:.3g}"
+    hold(testing.check_kernels(get("cpu"), shape, Data(dtype)))
 
 
 def test_a_weight_gradient_of_more_tiles_than_are_transformed_at_once():
@@ -76,17 +80,12 @@ def test_a_weight_gradient_of_more_tiles_than_are_transformed_at_once():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("kernel", [3, 1])
 @pytest.mark.parametrize("shape", [(1, 3, 1, 1), (2, 19, 5, 4), (1, 9, 13, 10)], ids=str)
-def test_the_pool_on_the_way_in(always, isa, shape, relu, dtype):
-    data = Data(dtype)
-    x, weight = data(*shape), data.weight(21, shape[1], 3, salt=1)
-    y = get("cpu").conv3x3(x, weight, WayIn(relu=relu, pool=True), pack=True)
-
-    def plain(x, weight):
-        return conv(testing.maxpool(x.relu() if relu else x), weight)
-
-    error, limit = compare([y], plain, [x, weight], winograd=True)
-    assert error <= limit
+def test_the_pool_on_the_way_in(always, isa, shape, kernel, relu, dtype):
+    data, (n, c, h, w) = Data(dtype), shape
+    tensors = data(*shape), data.weight(21, c, kernel, salt=1), data(n, 21, h, w, salt=2)
+    hold(testing.check_conv3x3(get("cpu"), *tensors, WayIn(relu=relu, pool=True), WayOut(), pack=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -101,34 +100,23 @@ def test_a_nan_spreads_over_its_pool_and_the_tiles_it_touches(always, isa, dtype
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kernel", [3, 1])
 @pytest.mark.parametrize("first, second", list(itertools.combinations_with_replacement(STEPS, 2)))
-def test_each_pair_of_steps(always, isa, first, second, dtype):
-    data, shape, steps = Data(dtype), (2, 5, 6, 7), {first, second}
-    x, weight, (n, _, h, w), k = data(*shape), data.weight(19, 5, 3, salt=1), shape, 19
-    bias, mask = data(k, salt=2), data(n, k, h, w, salt=3)
-    adds, low = [data(n, k, h, w, salt=s) for s in (4, 5, 6)], data(n, k, 3, 5, salt=7)
+def test_each_pair_of_steps(always, isa, first, second, kernel, dtype):
+    data, (n, c, h, w), k, steps = Data(dtype), (2, 5, 6, 7), 19, {first, second}
+    x, weight, gy = data(n, c, h, w), data.weight(k, c, kernel, salt=1), data(n, k, h, w, salt=8)
+    adds = [data(n, k, h, w, salt=s) for s in (4, 5, 6)]
     way_out = WayOut(
-        bias=bias if "bias" in steps else None,
+        bias=data(k, salt=2) if "bias" in steps else None,
         relu="relu" in steps,
-        select=mask if "select" in steps else None,
+        select=data(n, k, h, w, salt=3) if "select" in steps else None,
         add=tuple(adds[:2]) if "add" in steps else (),
         add_relu=tuple(adds[2:]) if "add_relu" in steps else (),
-        upsample=low if "upsample" in steps else None,
+        upsample=data(n, k, 3, 5, salt=7) if "upsample" in steps else None,
         align_corners="add" in steps,
     )
-
-    def plain(x, weight, bias, mask, low, *adds):
-        y = conv(x, weight, bias if "bias" in steps else None)
-        y = y.relu() if "relu" in steps else y
-        y = torch.where(mask > 0, y, 0) if "select" in steps else y
-        y = y + adds[0] + adds[1] if "add" in steps else y
-        y = y + adds[2].relu() if "add_relu" in steps else y
-        return y + testing.resize(low, (h, w), "add" in steps) if "upsample" in steps else y
-
     assert get("cpu").fuses(x, weight, pack=True) is engine.FUSES
-    y = get("cpu").conv3x3(x, weight, way_out=way_out, pack=True)
-    error, limit = compare([y], plain, [x, weight, bias, mask, low, *adds], winograd=True)
-    assert error <= limit
+    hold(testing.check_conv3x3(get("cpu"), x, weight, gy, WayIn(), way_out, pack=True))
 
 
 def test_more_blocks_panels_and_threads_change_no_bit(always, isa):

@@ -22,8 +22,9 @@ static inline Corners corners(const BilinearTaps& row, const BilinearTaps& colum
 // Some channels of the pixel, from those of an image [h, w, C].
 template <class T, class Count>
 static inline Float blend(const T* image, const Corners& k, int64_t c, Count lanes) {
-  Float sum{};  // from 0, so that which product is rounded on its own is not the compiler's choice, here and there
-                // another
+  // From 0: the sum of two products may be fused either way round, and the compiler chose differently for whole
+  // vectors.
+  Float sum{};
   for (int i = 0; i < 4; ++i) sum += splat(k.weights[i]) * load(image + k.at[i] + c, lanes);
   return sum;
 }

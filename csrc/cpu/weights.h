@@ -74,8 +74,9 @@ static inline void gather_weights(const Convolution& p, int64_t panel, int64_t b
   }
   for (int64_t i = 0; i < channels * kTaps; ++i) {
     const int64_t t = i % kTaps, at = i / kTaps * s[1] + t / 3 * s[2] + t % 3 * s[3];
-    for (int64_t lane = 0; lane < kPanel; ++lane)
+    for (int64_t lane = 0; lane < kPanel; ++lane) {
       to[i * kPanel + lane] = first + lane < p.k ? from[lane * s[0] + at] : 0;
+    }
   }
 }
 
