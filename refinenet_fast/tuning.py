@@ -48,7 +48,7 @@ def tune(
     rows: dict[str, list[dict[str, Any]]] = {}
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         for question in dict.fromkeys(_questions(model, example)):
-            row = _measure(question, device)
+            row = measure(question, device)
             if row is None:
                 continue
             rows.setdefault(question.family, []).append(row)
@@ -93,8 +93,8 @@ def _tensors(value: Any) -> list[Tensor]:
     return [tensor for member in values for tensor in _tensors(member)]
 
 
-def _measure(question: Question, device: torch.device) -> dict[str, Any] | None:
-    """The row of one question; None where there is nothing to choose from."""
+def measure(question: Question, device: torch.device) -> dict[str, Any] | None:
+    """A table's row for one question, medians in ``ms``; None where there is nothing to choose from."""
     name, kernel = question.kernel.split(" ", 1)
     trials = [t for t in backends.get(name).trials(kernel, question.dtype, question.shape, device) if _works(t[1])]
     if len(trials) < 2:

@@ -64,6 +64,12 @@ def test_a_row_is_replaced_and_others_are_kept(folder):
     assert list(folder.iterdir()) == [path]
 
 
+def test_a_table_of_another_family_is_named_and_left_out(folder):
+    table.write("sm_80", [row(SHAPE, "vendor")], {}).rename(folder / "sm_90.json")
+    with pytest.warns(UserWarning, match=r"sm_90.json is not read: expected the table of sm_90, got that of 'sm_80'"):
+        assert ask(*SHAPE) is None
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"rows": [{"kernel": "x"}]}', '{"rows": [1]}', "\x00"])
 def test_a_broken_table_is_named_and_left_out(folder, text):
     (folder / "sm_90.json").write_text(text)
@@ -92,6 +98,18 @@ def test_the_vendors_convolution_is_a_choice(folder):
     kernels._run = None  # would fail
     y = kernels.conv3x3(x, weight, backends.WayIn(), backends.WayOut(relu=True))
     assert torch.equal(y, torch.conv2d(x, weight.bfloat16(), padding=1).relu())
+
+
+@pytest.mark.parametrize("path", sorted(table.COMMITTED.glob("*.json")), ids=lambda path: path.stem)
+def test_a_committed_table_is_one_that_tune_could_have_made(path, recwarn):
+    """And in every row what is chosen is, among what was measured, the fastest or the vendor's close behind it."""
+    rows = table.read(path)
+    assert rows and not recwarn.list and json.loads(path.read_text())["made"]["cpu"]
+    for r in rows:
+        choice, ms = r["choice"], r["ms"]
+        assert choice in ms and ms[choice] <= (1.05 if choice == "vendor" else 1) * min(ms.values()), r
+    questions = [(r["kernel"], r["dtype"], *r["shape"]) for r in rows]
+    assert len(set(questions)) == len(questions)
 
 
 @needs_core

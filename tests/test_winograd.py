@@ -39,20 +39,41 @@ def isa(request):
         yield request.param
 
 
+@pytest.fixture
+def no_tables(monkeypatch):
+    """The rule alone decides, as on processors that have no table."""
+    monkeypatch.setattr(engine, "lookup", lambda question: None)
+
+
 @pytest.mark.parametrize("channels, side", [(256, 128), (256, 64), (256, 32), (512, 32), (512, 16), (64, 16)])
 def test_it_is_chosen_at_refinenets_shapes(channels, side):
     x, weight = torch.empty(1, channels, side, side), torch.empty(channels, channels, 3, 3)
-    assert engine.pays(x, weight)
+    assert engine.pays(x, weight) and engine.gradient_pays(x, weight)
     assert not engine.pays(x.half(), weight) and not engine.pays(x.double(), weight)
-    assert not engine.pays(x, torch.empty(channels, channels, 1, 1))
-    assert not engine.pays(x[:, :8], torch.empty(channels, 8, 3, 3))
+    assert not engine.pays(x[:0], weight) and not engine.gradient_pays(x[:0], weight)
+
+
+def test_the_rule_without_tables(no_tables):
+    x, weight = torch.empty(1, 64, 16, 16), torch.empty(64, 64, 3, 3)
+    assert engine.pays(x, weight) and engine.gradient_pays(x, weight)
+    assert not engine.pays(x, weight[:, :, 1:2, 1:2])  # 1x1
+    assert not engine.pays(x[:, :8], weight[:, :8])  # few channels
+    assert not engine.pays(x[:, :, :6, :6], weight)  # few pixels
+    assert engine.pays(x[:, :, :8, :8], weight) and not engine.gradient_pays(x[:, :, :8, :8], weight)
+    assert not engine.pays(torch.empty(1, 64, 1, 999), weight)  # tiles of which a quarter is used
 
 
 @pytest.mark.parametrize("amx", [True, False])
-def test_bfloat16_is_the_vendors_where_the_processor_multiplies_it(amx, monkeypatch):
+@pytest.mark.parametrize("onednn", [True, False])
+def test_bfloat16_is_the_vendors_where_the_processor_multiplies_it(no_tables, amx, onednn, monkeypatch):
     monkeypatch.setattr(engine, "_multiplies_bfloat16", lambda: amx)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: onednn or amx)
     x, weight = torch.empty(1, 256, 64, 64, dtype=torch.bfloat16), torch.empty(256, 256, 3, 3)
     assert engine.pays(x, weight) is not amx and engine.gradient_pays(x, weight) is not amx
+    small, pointwise = x[:, :, :4, :4], weight[:, :, 1:2, 1:2]
+    slow = not (onednn or amx)  # PyTorch's own bfloat16, in vectors of float32
+    assert engine.pays(small, weight) is slow and engine.gradient_pays(small, weight) is slow
+    assert engine.pays(x, pointwise) is slow and not engine.pays(x[:, :, :1, :1], weight)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -26,9 +26,11 @@ NAMES = {9: "winograd", 1: "gemm"}  # in tables, by taps
 FEWEST_CHANNELS = 16  # of the input and of the output
 # Products per output: 2.25 where tiles of 4x4 outputs cover the map exactly; 9 in a direct convolution.
 MOST_PRODUCTS = 3.5
-# Pixels below which transforming the weights costs more than the products that are saved.
-FEWEST_PIXELS = 48
-FEWEST_PIXELS_GRADIENT = 200  # there its sums of 36 matrices are written and read more than multiplied
+# Pixels below which transforming the weights costs more than the products that are saved: of a convolution, and of a
+# weight gradient, where sums of 36 matrices are written and read more than multiplied.
+FEWEST_PIXELS, FEWEST_PIXELS_GRADIENT = 48, 200
+# The same where the vendor has no bfloat16 of its own, and PyTorch's is four to fifteen times slower on larger maps.
+FEWEST_PIXELS_BFLOAT16, FEWEST_PIXELS_BFLOAT16_GRADIENT = 4, 16
 
 
 def question(
@@ -62,9 +64,16 @@ def pays(
     choice = lookup(asked)
     if choice in (NAMES[taps], "vendor"):
         return choice != "vendor"
-    if taps == 1 or (x.dtype == torch.bfloat16 and _multiplies_bfloat16()):
+    if x.dtype == torch.bfloat16 and (known := _bfloat16_pays(n * h * w, FEWEST_PIXELS_BFLOAT16)) is not None:
+        return known
+    return taps == 9 and n * h * w >= FEWEST_PIXELS and _few_products(asked)
+
+
+def _bfloat16_pays(pixels: int, fewest: int) -> bool | None:
+    """Whether float32 inside beats what the vendor does with bfloat16 here; None: as in float32."""
+    if _multiplies_bfloat16():
         return False
-    return n * h * w >= FEWEST_PIXELS and _few_products(asked)
+    return None if torch.ops.mkldnn._is_mkldnn_bf16_supported() else pixels >= fewest
 
 
 def _few_products(asked: Question) -> bool:
@@ -148,9 +157,9 @@ def gradient_pays(
     choice = lookup(asked)
     if choice in (NAMES[9], "vendor"):
         return choice != "vendor"
-    if x.dtype == torch.bfloat16 and _multiplies_bfloat16():
-        return False
     n, h, w, *_ = asked.shape
+    if x.dtype == torch.bfloat16 and (known := _bfloat16_pays(n * h * w, FEWEST_PIXELS_BFLOAT16_GRADIENT)) is not None:
+        return known
     return n * h * w >= FEWEST_PIXELS_GRADIENT and _few_products(asked)
 
 

@@ -7,8 +7,9 @@ A table is a JSON file, ``<family>.json``, ``sm_90`` or ``avx2`` being families:
 
 with shapes (N, H, W, C, K, TAPS). The user's rows come first, then the nearest shape of the same kernel, dtype and TAPS
 wins; nothing is timed here, so ranks, captured graphs and resumed runs that have the same tables agree. Committed ones
-lie in the package's folder ``tables`` (none yet: where no row is near, a backend decides by the sizes itself); the
-user's in ``REFINENET_FAST_TABLES``, by default ``~/.cache/refinenet_fast``.
+lie in the package's folder ``tables`` (``benchmarks/make_table.py`` makes a CPU's); the user's in
+``REFINENET_FAST_TABLES``, by default ``~/.cache/refinenet_fast``. Where no row is near, a backend decides by the sizes
+itself.
 """
 
 from __future__ import annotations
@@ -94,12 +95,16 @@ def _distance(a: list[int], b: Shape) -> float:
 @functools.lru_cache(maxsize=16)
 def _tables(family: str) -> list[list[dict[str, Any]]]:
     """Rows of the user's table, then of the committed one."""
-    return [_read(folder / f"{family}.json") for folder in (user_folder(), COMMITTED) if folder]
+    return [read(folder / f"{family}.json") for folder in (user_folder(), COMMITTED) if folder]
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
+def read(path: Path) -> list[dict[str, Any]]:
+    """The rows of one file; none, with a warning, where it is damaged or foreign."""
     try:
-        rows = json.loads(path.read_text())["rows"]
+        content = json.loads(path.read_text())
+        rows = content["rows"]
+        if content["family"] != path.stem:
+            raise ValueError(f"expected the table of {path.stem}, got that of {content['family']!r}")
         for row in rows:
             kernel, dtype, shape, choice = row["kernel"], row["dtype"], row["shape"], row["choice"]
             valid = isinstance(kernel, str) and isinstance(dtype, str) and isinstance(choice, str | dict)
@@ -129,12 +134,13 @@ def write(family: str, rows: list[dict[str, Any]], made: dict[str, Any], folder:
         return row["kernel"], row["dtype"], *row["shape"]
 
     new = {question(row) for row in rows}
-    kept = [row for row in _read(path) if question(row) not in new]
-    content = {"family": family, "made": made, "rows": [*rows, *kept]}
+    kept = [row for row in read(path) if question(row) not in new]
+    lines = ",\n".join(json.dumps(row) for row in [*rows, *kept])
+    content = f'{{"family": {json.dumps(family)}, "made": {json.dumps(made)}, "rows": [\n{lines}\n]}}\n'
     partial = folder / f"{family}.json.{os.getpid()}.partial"
     try:
         with partial.open("w") as file:
-            json.dump(content, file, indent=1)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
