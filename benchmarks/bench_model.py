@@ -1,8 +1,9 @@
 """Whole networks, images to logits, against the same network in plain PyTorch.
 
-python benchmarks/bench_model.py --networks refinenet101 --shapes 3x512 --directions forward
+python benchmarks/bench_model.py --networks refinenet101 --shapes 3x512 --directions forward --fold
 
-Batch norm is frozen and there is no dropout, so that contenders compute the same.
+Batch norm is frozen and there is no dropout, so that contenders compute the same. --fold folds it into the convolutions
+for all of them, as the peers' exporters and torch.compile's freezing do by themselves.
 """
 
 import copy
@@ -98,8 +99,9 @@ def plain(network):
 class Network:
     """Builds a network when the first case needs it, then serves it by parameters."""
 
-    def __init__(self, name):
+    def __init__(self, name, fold):
         self.name = name
+        self.fold = fold
         self.built = {}
 
     def __call__(self, kind, dtype, device):
@@ -118,7 +120,9 @@ class Network:
         for unit in network.blocks.modules():
             if isinstance(unit, ResidualConvUnit):
                 torch.nn.init.normal_(unit.conv2.weight, std=(9 * unit.conv2.in_channels) ** -0.5)
-        return network.eval().to(device, dtype, memory_format=torch.channels_last)
+        network = network.eval()
+        network = network.fold_batch_norm() if self.fold else network
+        return network.to(device, dtype, memory_format=torch.channels_last)
 
     def trainable(self, dtype, device):
         return {n: p for n, p in self("ours", dtype, device).named_parameters() if p.requires_grad}
@@ -135,10 +139,10 @@ def setup(network, shape, dtype, device, generator):
     return [normal(shape, dtype, device, generator)], ws
 
 
-def case(name, n, c, h, w):
-    network = Network(name)
+def case(name, fold, n, c, h, w):
+    network = Network(name, fold)
     return Case(
-        label=name,
+        label=f"{name} folded" if fold else name,
         shape=(n, c, h, w),
         work={FORWARD: n, TRAINING: n},
         unit="images/s",
@@ -152,11 +156,12 @@ def case(name, n, c, h, w):
 
 def cases(args):
     names = args.networks or (["tiny"] if args.quick else ["refinenet101", "light-weight50"])
-    return [case(name, n, *shape) for name in names for n in args.batch for shape in args.shapes]
+    return [case(name, args.fold, n, *shape) for name in names for n in args.batch for shape in args.shapes]
 
 
 def add_options(parser):
     parser.add_argument("--networks", type=options.names_from(NETWORKS), help="a,b,c")
+    parser.add_argument("--fold", action="store_true", help="batch norm folded into the convolutions")
 
 
 BENCHMARK = cli.Spec("RefineNet", cases, shapes=((3, 256, 256),), quick=((3, 64, 48),), add_options=add_options)
