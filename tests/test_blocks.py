@@ -9,7 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from refinenet_fast.blocks import ChainedResidualPooling, MultiResolutionFusion, RefineNetBlock, ResidualConvUnit
+from refinenet_fast.blocks import (
+    ChainedResidualPooling,
+    Convolution,
+    MultiResolutionFusion,
+    RefineNetBlock,
+    ResidualConvUnit,
+)
 
 SIZES = [(1, 1), (1, 7), (5, 3), (13, 17)]
 
@@ -188,3 +194,33 @@ def test_bad_construction(make, error, said):
 def test_bad_maps(maps, error, said):
     with pytest.raises(error, match=said):
         RefineNetBlock([6], 4, 8)(maps)
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("bias", [True, False])
+def test_convolution_is_an_nn_conv2d(kernel, bias):
+    layer = randomised(Convolution(3, 5, kernel, padding=kernel // 2, bias=bias))
+    for size in SIZES:
+        assert_same(layer, lambda x: conv(layer, x), [images(2, 3, *size)])
+    plain = nn.Conv2d(3, 5, kernel, padding=kernel // 2, bias=bias).double()
+    plain.load_state_dict(layer.state_dict())
+    assert plain.state_dict().keys() == layer.state_dict().keys()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kernel_size": 3},
+        {"kernel_size": 5, "padding": 2},
+        {"kernel_size": (1, 3), "padding": (0, 1)},
+        {"kernel_size": 3, "padding": 1, "stride": 2},
+        {"kernel_size": 3, "padding": 2, "dilation": 2},
+        {"kernel_size": 3, "padding": 1, "groups": 4},
+        {"kernel_size": 3, "padding": 1, "padding_mode": "reflect"},
+    ],
+    ids=str,
+)
+def test_convolution_refuses_any_other(options):
+    with pytest.raises(ValueError, match=r"expected a 3x3 convolution with padding 1, or a 1x1 one.* got Convolution"):
+        Convolution(4, 8, **options)
+    assert not Convolution.covers(nn.Conv2d(4, 8, **options))

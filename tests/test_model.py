@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from refinenet_fast import ops, use_backend
 from refinenet_fast.model import RefineNet
+from refinenet_fast.testing import relative_l2
 from refinenet_fast.trunks import create_trunk
 
 timm = pytest.importorskip("timm")
@@ -68,6 +70,36 @@ def test_photograph(refinenet101):
     assert logits.shape == (1, 21, 375, 500)
     assert logits.isfinite().all()
     assert logits.std((2, 3)).min() > 0, "the logits do not depend on the place"
+
+
+@pytest.mark.slow
+def test_winograds_error_on_a_trunks_maps():
+    """Real maps are no standard normals: smooth, and where they come from a ReLU not negative."""
+    torch.manual_seed(0)
+    model = RefineNet(num_classes=21, trunk="resnet101", init="kaiming").eval()
+    with torch.inference_mode():
+        maps = model.trunk(photograph()[:, :, :256, :256])
+        for x, block in zip(reversed(maps), model.blocks, strict=True):
+            weight = block.adapt[0].weight
+            with use_backend("auto"):
+                y = ops.fuse([x], [weight])
+            truth = F.conv2d(x.double(), weight.double(), padding=1)
+            assert relative_l2(y, truth) <= 1e-5, f"{x.shape[1]} channels"
+
+
+@pytest.mark.slow
+def test_refinenet101s_logits_against_float64():
+    torch.manual_seed(0)
+    model = RefineNet(num_classes=21, trunk="resnet101", crp_stages=4, init="kaiming").eval()
+    torch.set_num_threads(os.cpu_count() or 1)
+    image = photograph()[:, :, :128, :160]
+    with torch.inference_mode():
+        logits, folded = model(image), model.fold_batch_norm()(image)
+        with use_backend("reference"):
+            truth = model.double()(image.double())
+    for got in (logits, folded):
+        assert relative_l2(got, truth) <= 1e-5  # seen: 1e-6
+        assert (got - truth).abs().max() <= 1e-4 * truth.abs().max()
 
 
 def test_decoder_initialisation(refinenet101):

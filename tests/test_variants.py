@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from refinenet_fast import RefineNet
-from refinenet_fast.blocks import ResidualConvUnit
+from refinenet_fast.blocks import Convolution, ResidualConvUnit
 from refinenet_fast.variants import PRESETS
 
 pytest.importorskip("timm")
@@ -401,6 +401,8 @@ def test_folded_batch_norm_gives_the_same_logits(options):
     model = build(**options).double().eval()
     folded, batch = model.fold_batch_norm(), images(2, 3, 65, 43, dtype=torch.float64)
     assert norms(model) and not norms(folded) and not folded.training
+    convs = [m for trunk in folded.trunks for m in trunk.modules() if isinstance(m, nn.Conv2d)]
+    assert all(isinstance(m, Convolution) == (m.kernel_size == (3, 3) and Convolution.covers(m)) for m in convs)
     with torch.no_grad():
         torch.testing.assert_close(folded(batch), model(batch), rtol=1e-9, atol=1e-9)
     with pytest.raises(ValueError, match=r"batch norm folded|trunk 'mobile|cascades|scales"):
