@@ -78,8 +78,9 @@ static void gemm_group(int64_t rows, const float* v, int64_t pitch, const float*
 // The same for any number of rows, in groups as equal as can be (16 rows are 6, 5 and 5 rather than 6, 6 and 4), and
 // for any depth. A sum's terms are added in their order, however rows and depth are divided. The weights come from an
 // outer cache: each group fetches its share of those that are kAhead further on.
-static void gemm(const float* v /* [rows][pitch] */, int64_t pitch, const float* u /* [depth][kPanel] */, int64_t depth,
-                 float* m /* [rows][m_pitch] */, int64_t m_pitch, int64_t rows) {
+[[maybe_unused]] static void gemm(const float* v /* [rows][pitch] */, int64_t pitch,
+                                  const float* u /* [depth][kPanel] */, int64_t depth, float* m /* [rows][m_pitch] */,
+                                  int64_t m_pitch, int64_t rows) {
   constexpr int64_t kAhead = 16 * 1024;
   for (int64_t c = 0; c < depth; c += kPanelDepth) {
     const int64_t now = smaller(kPanelDepth, depth - c), groups = ceil_div(rows, kMaxRows);
