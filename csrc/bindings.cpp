@@ -115,6 +115,8 @@ const Shape& shape_of(const MaxPool5Backward& a) { return a.shape; }
 const Shape& shape_of(const Bilinear& a) { return a.in; }
 const Shape& shape_of(const BilinearBackward& a) { return a.in; }
 
+bool is_work(const Shape& s) { return s.n > 0 && s.h > 0 && s.w > 0 && s.c > 0; }
+
 // Defines cpu_<name>(..., threads) and, where CUDA is built, cuda_<name>(..., device, stream). Empty tensors are done.
 template <class Arguments, class... Flat>
 void define(py::module_& m, Entry<Arguments> entry, Arguments (*from)(Flat...)) {
@@ -122,7 +124,7 @@ void define(py::module_& m, Entry<Arguments> entry, Arguments (*from)(Flat...)) 
   m.def(("cpu_" + std::string(entry.name)).c_str(),
         [entry, from](Flat... flat, int threads) {
           const Arguments arguments = from(flat...);
-          if (shape_of(arguments).n > 0) (cpu::kernels().*entry.on_cpu)(arguments, threads);
+          if (is_work(shape_of(arguments))) (cpu::kernels().*entry.on_cpu)(arguments, threads);
         },
         release);
 #ifdef REFINENET_FAST_WITH_CUDA
@@ -130,7 +132,7 @@ void define(py::module_& m, Entry<Arguments> entry, Arguments (*from)(Flat...)) 
         [entry, from](Flat... flat, int device, Address stream) {
           const Arguments arguments = from(flat...);
           const Shape& shape = shape_of(arguments);
-          if (shape.n > 0) check(entry.on_cuda(arguments, device, at<void>(stream)), entry.name, shape);
+          if (is_work(shape)) check(entry.on_cuda(arguments, device, at<void>(stream)), entry.name, shape);
         },
         release);
 #endif
