@@ -30,7 +30,7 @@ from refinenet_fast.backends import WayOut, launches
 from refinenet_fast.backends.ahead import compile_ahead
 from refinenet_fast.backends.base import PLAIN_OUT
 from refinenet_fast.backends.configurations import A100, B200, H100, Configuration, Problem, candidates, choose
-from refinenet_fast.backends.launches import Launch
+from refinenet_fast.backends.operands import pack_weight
 
 ARCHITECTURES = {80: A100, 90: H100, 100: B200}
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -94,7 +94,7 @@ class Case:
     shape: Shape
     dtype: torch.dtype
     capability: int
-    launch: Launch
+    launch: launches.Launch
     configuration: Configuration | None = None
 
 
@@ -134,7 +134,7 @@ def convolutions(
     x, y = (maps(shape.n, c, shape.h, shape.w, dtype) for c in (shape.c, shape.k))
     way = ways(y)[name]
     kc = (shape.c, shape.k) if way.rotated else (shape.k, shape.c)
-    packed = launches.pack(torch.empty((*kc, shape.r, shape.r), device="meta"), dtype, way.rotated)
+    packed = pack_weight(torch.empty((*kc, shape.r, shape.r), device="meta"), dtype, way.rotated)
     relued, label = y if way.relued else None, name + f", {launches.precision(tf32)}" * (dtype == FP32)
     found = []
     problem = launches.problem_of(x, packed.shape[1], packed.shape[0], tf32)
