@@ -61,6 +61,16 @@ def one(source: str | Path, arch: str, name: str, text: str = "") -> Kernel:
     return _parsed(str(source), arch, text, name)[name]
 
 
+@functools.lru_cache(maxsize=64)
+def picked(source: str | Path, arch: str, part: str, text: str = "") -> Kernel:
+    """The one kernel of a CUDA source whose mangled name has ``part`` in it, without reading the others."""
+    names = re.findall(r"^(?:\.visible )?\.entry (\w+)\(", start(source, arch, text).result(), flags=re.M)
+    found = [name for name in names if part in name]
+    if len(found) != 1:
+        raise EmulatorError(f"expected one kernel with {part} in its name, got {found}")
+    return one(source, arch, found[0], text)
+
+
 @functools.lru_cache(maxsize=8)
 def _parsed(source: str, arch: str, text: str, name: str) -> dict[str, Kernel]:
     ptx = start(source, arch, text).result()
