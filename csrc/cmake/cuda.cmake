@@ -116,6 +116,10 @@ foreach(arch IN LISTS CMAKE_CUDA_ARCHITECTURES)
   if(NOT arch MATCHES "^[0-9]+[af]?(-real|-virtual)?$")
     refinenet_fast_stop("REFINENET_FAST_CUDA_ARCHS: expected architectures like \"90a;120\", got \"${arch}\"")
   endif()
+  string(REGEX MATCH "^[0-9]+" number "${arch}")
+  if(number LESS 80) # cp.async, and mma of bfloat16
+    refinenet_fast_stop("REFINENET_FAST_CUDA_ARCHS: expected sm_80 or newer, got \"${arch}\"")
+  endif()
 endforeach()
 
 refinenet_fast_try_nvcc(error ${CMAKE_CUDA_ARCHITECTURES})

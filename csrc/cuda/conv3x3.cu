@@ -1,5 +1,4 @@
-// 3x3 and 1x1 convolutions, stride 1, zero padding, NHWC, as an implicit product of matrices by mma.sync (from sm_80
-// on):
+// 3x3 and 1x1 convolutions, stride 1, zero padding, NHWC, as an implicit product of matrices by mma.sync:
 //
 //   y[p, k] = sum over channels c and taps t of x[p + t, c] w[t, k, c]
 //
@@ -47,21 +46,21 @@ class Loader {
     outs_left_ = static_cast<int32_t>(p.k) - first_out - row_;
     weights_ = static_cast<const T*>(p.weights);
     weight_ = weights_ + int64_t{first_out + row_} * pitch_ + channel_ + (p.turned ? last_tap : 0);
-    tap_ = {-radius_, -radius_};
+    shift_ = {-radius_, -radius_};
   }
 
   // Starts the copies of one tap of one slice of channels into a stage, and goes on to the next.
   __device__ __forceinline__ void operator()(uint32_t stage) {
     const int lanes = lanes_left(channel_, c_, kLanes);
-    const int32_t shift = tap_.dy * w_ + tap_.dx;
+    const int32_t shift = shift_.dy * w_ + shift_.dx;
     const T* from = own_ + int64_t{shift} * c_;
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      const bool inside = inside_[i] >> number_ & 1;
+      const bool inside = inside_[i] >> tap_ & 1;
       Copy::copy(stage + narrow_chunk(row_ + i * kStride, chunk_), from + int64_t{i * kStride} * c_, inside ? lanes : 0,
                  x_);
     }
-    const T* weight = weight_ + number_ * tap_stride_;
+    const T* weight = weight_ + tap_ * tap_stride_;
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       const bool given = i * kStride < outs_left_;
@@ -79,12 +78,12 @@ class Loader {
   static constexpr int kStride = kProductThreads / kChunks, kRows = kTile / kStride;
 
   __device__ __forceinline__ void advance() {
-    ++number_;
-    if (++tap_.dx <= radius_) return;
-    tap_.dx = -radius_;
-    if (++tap_.dy <= radius_) return;
-    tap_.dy = -radius_;
-    number_ = 0;
+    ++tap_;
+    if (++shift_.dx <= radius_) return;
+    shift_.dx = -radius_;
+    if (++shift_.dy <= radius_) return;
+    shift_.dy = -radius_;
+    tap_ = 0;
     channel_ += kChunks * kLanes;
     own_ += kChunks * kLanes;
     weight_ += kChunks * kLanes;
@@ -95,8 +94,8 @@ class Loader {
   int64_t tap_stride_;      // from tap to tap; of turned weights negative
   uint32_t inside_[kRows];  // bit t: tap t of the pixel reads inside the image
   int32_t c_, pitch_, w_, side_, radius_, channel_, outs_left_;
-  int row_, chunk_, number_ = 0;  // number_: of the tap
-  Tap tap_;
+  int row_, chunk_, tap_ = 0;
+  Tap shift_;  // of tap_
 };
 
 // sum += the products of one stage, for a warp's quarter of the tile.

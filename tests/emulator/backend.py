@@ -99,7 +99,7 @@ class Emulated(Cuda):
         schedule: Of 32 lanes for a warp, 256 for a block, more for several blocks at once.
         tile: Of the convolutions, as ``Cuda.tile``.
         processors: The multiprocessors that the convolutions' plans are made for.
-        source: Text of a kernel's source, by its file's name, in place of the file's.
+        changed: Texts in place of those of the convolutions' files, by their paths below csrc.
     """
 
     name = "emulated"
@@ -111,9 +111,10 @@ class Emulated(Cuda):
         schedule: Schedule = LOCKSTEP,
         tile: int = 0,
         processors: int = A100.processors,
-        source: Mapping[str, str] = MappingProxyType({}),
+        changed: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        self.arch, self.schedule, self.tile, self.processors, self.source = arch, schedule, tile, processors, source
+        self.arch, self.schedule, self.tile, self.processors = arch, schedule, tile, processors
+        self.changed = changed
 
     def unavailable(self) -> str | None:
         return None
@@ -128,8 +129,9 @@ class Emulated(Cuda):
         if function in ("conv3x3", "weight_grad"):
             plan = Plan(*getattr(_native._C, f"cuda_plan_{function}")(*arguments, self.processors))
             launches = (convolution if function == "conv3x3" else weight_gradient)(plan, *arguments)
-            for source, names, blocks, threads, shared, request in launches:
-                kernel = picked(CSRC / "cuda" / source, self.arch, names, self.source.get(source, ""))
+            headers = tuple((path, text) for path, text in self.changed.items() if path.endswith(".h"))
+            for source, name, blocks, threads, shared, request in launches:
+                kernel = picked(CSRC / source, self.arch, name, self.changed.get(source, ""), headers)
                 emulate(kernel, [blocks], [threads], [request], shared=shared, schedule=self.schedule)
             return
         entry = ENTRIES[function]

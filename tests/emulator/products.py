@@ -105,7 +105,7 @@ def convolution(
         ),
     )
     name = name_of("conv_kernel", plan, dtype, exact, relu_in)
-    return [Launch("conv3x3.cu", name, plan.blocks, THREADS, plan.shared, request)]
+    return [Launch("cuda/conv3x3.cu", name, plan.blocks, THREADS, plan.shared, request)]
 
 
 def weight_gradient(
@@ -139,6 +139,6 @@ def weight_gradient(
     name = name_of("grad_kernel", plan, dtype, exact, relu_in)
     total = -(-elements // SUM_THREADS)
     return [
-        Launch("weight_grad.cu", name, plan.blocks, THREADS, plan.shared, request),
-        Launch("weight_grad.cu", f"sum_kernelI{ELEMENTS[gw_dtype]}E", total, SUM_THREADS, 0, request),
+        Launch("cuda/weight_grad.cu", name, plan.blocks, THREADS, plan.shared, request),
+        Launch("cuda/weight_grad.cu", f"sum_kernelI{ELEMENTS[gw_dtype]}E", total, SUM_THREADS, 0, request),
     ]
