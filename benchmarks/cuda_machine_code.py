@@ -32,8 +32,6 @@ INSTANCE = re.compile(
     r"ENS0_\d+Copy(?P<copy>Chunks|Elements)ELi(?P<tile>\d+)E"
 )
 INSTANCES = 24 + 22  # of the convolution and of the weight gradient, which has no large tiles of three products
-RESIDENT = 2  # blocks on one multiprocessor: kResident of csrc/cuda/plan.h
-THREADS, REGISTERS = 128, 65_536  # of a block; of a multiprocessor
 
 
 @dataclass(frozen=True)
@@ -88,11 +86,6 @@ def no_spills(code: Code) -> list[str]:
     return [f"spills: {found} instructions, {code.memory} bytes"] if found or code.memory else []
 
 
-def resident(code: Code) -> list[str]:
-    fit = REGISTERS // (THREADS * -(-code.registers // 8) * 8)
-    return [f"{code.registers} registers: {fit} blocks on a multiprocessor"] if fit < RESIDENT else []
-
-
 def multiplies_as_intended(code: Code) -> list[str]:
     """One stage's products: two steps along the sum, of a quarter of the tile for each warp."""
     name, each = PRODUCTS[code.arithmetic]
@@ -133,7 +126,7 @@ def relu_is_native(code: Code) -> list[str]:
     return [] if native and not promoted else [f"a 16-bit ReLU in float32: {promoted} instructions, {native} native"]
 
 
-INVARIANTS = (no_spills, resident, multiplies_as_intended, copies_ahead, fragments_by_matrices, relu_is_native)
+INVARIANTS = (no_spills, multiplies_as_intended, copies_ahead, fragments_by_matrices, relu_is_native)
 
 
 def violations(code: Code) -> list[str]:

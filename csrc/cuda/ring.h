@@ -52,7 +52,8 @@ __device__ __forceinline__ void through_ring(uint32_t ring, uint32_t stage_bytes
   }
   for (int step = 0; step < steps; ++step) {
     ptx::cp_async_wait<kStages - 2>();  // this thread's copies of the step
-    __syncthreads();  // everyone's copies are there, and the stage that is loaded next has been read
+    // Everyone's copies are there, and the stage that is loaded next has been read.
+    __syncthreads();
     const int next = step + kStages - 1;
     if (next < steps) load(ring + next % kStages * stage_bytes);
     ptx::cp_async_commit();  // of a stage, or of nothing
