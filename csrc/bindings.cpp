@@ -101,7 +101,11 @@ cuda::PackedConvolution packed_convolution(Address x, Address weights, Address y
                                            bool relu_in, int tile) {
   const auto [n, h, w, c, k] = sizes;
   if (add.size() > cuda::kMostAdds) throw py::value_error("add: expected 8 tensors at most");
-  cuda::WayOut out{at<void>(y), at<void>(relued), at<float>(bias), at<void>(select)};
+  cuda::WayOut out{};
+  out.y = at<void>(y);
+  out.relued = at<void>(relued);
+  out.bias = at<float>(bias);
+  out.select = at<void>(select);
   for (size_t i = 0; i < add.size(); ++i) out.add[i] = at<void>(add[i]);
   out.low = at<void>(low);
   out.rows = {low_h, h, align_corners};
