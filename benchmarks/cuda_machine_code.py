@@ -27,11 +27,14 @@ PRODUCTS = {
     "Tf32": ("HMMA.1688.F32.TF32", 1),
     "Tf32x3": ("HMMA.1688.F32.TF32", 3),
 }
+# The loop for sm_90a asks for one product of all output channels, [64, 16] by [16, tile].
+WARPGROUP = {"BFloat16": "HGMMA.64x{}x16.F32.BF16", "Float16": "HGMMA.64x{}x16.F32"}
 INSTANCE = re.compile(
-    r"(?P<kernel>conv|grad)_kernelINS0_\d+(?P<arithmetic>[BFT]\w+?)ENS0_\d+(?P<way_in>Unchanged|Rectified)"
-    r"ENS0_\d+Copy(?P<copy>Chunks|Elements)ELi(?P<tile>\d+)E"
+    r"(?P<kernel>conv|grad|wgmma)_kernelINS0_\d+(?P<arithmetic>[BFT]\w+?)ENS0_\d+(?P<way_in>Unchanged|Rectified)"
+    r"E(?:NS0_\d+Copy(?P<copy>Chunks|Elements)E)?Li(?P<tile>\d+)E"
 )
 INSTANCES = 24 + 22  # of the convolution and of the weight gradient, which has no large tiles of three products
+HOPPER_INSTANCES = 12  # of the loop for sm_90a: two types, two ways in, three widths
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Code:
     kernel: str
     arithmetic: str
     way_in: str
-    copy: str
+    copy: str  # "" of the loop for sm_90a, where it is all TMA's
     tile: int
     registers: int
     memory: int  # bytes of stack and local memory
@@ -72,7 +75,7 @@ def read(arch: str) -> list[Code]:
             registers, memory = usage(listing[listing.index(f"Function {name}:") :])
             instructions = instructions_of(body)
             texts = tuple(text for _, text in instructions)
-            fields = {**instance.groupdict(), "tile": int(instance["tile"])}
+            fields = {**instance.groupdict(""), "tile": int(instance["tile"])}
             code = Code(**fields, registers=registers, memory=memory, sass=texts, loop=tuple(main_loop(instructions)))
             found.append(code)
     return found
@@ -87,16 +90,23 @@ def no_spills(code: Code) -> list[str]:
 
 
 def multiplies_as_intended(code: Code) -> list[str]:
-    """One stage's products: two steps along the sum, of a quarter of the tile for each warp."""
+    """One stage's products: two steps along the sum, of a quarter of the tile for each warp; on sm_90a four steps."""
+    if code.kernel == "wgmma":
+        want = {WARPGROUP[code.arithmetic].format(code.tile): 4}
+        return [] if dict(code.tensor) == want else [f"multiplies by {dict(code.tensor)} in the main loop, not {want}"]
     name, each = PRODUCTS[code.arithmetic]
     want = {name: 2 * (code.tile // 32) * (code.tile // 16) * each}
     return [] if dict(code.tensor) == want else [f"multiplies by {dict(code.tensor)} in the main loop, not {want}"]
 
 
 def copies_ahead(code: Code) -> list[str]:
-    """Behind the threads' backs, straight into shared memory."""
+    """Behind the threads' backs, straight into shared memory; on sm_90a by another warp."""
     if code.copy == "Elements":
         return []
+    if code.kernel == "wgmma":
+        moved = code.count("STS", "LDG", "LDS.", "UTMALDG", loop=True)
+        loads = code.count("UTMALDG")
+        return [] if not moved and loads == 2 else [f"{moved} copies in the main loop, {loads} UTMALDG"]
     wide = sum(text.startswith("LDGSTS") and ".128" in text for text in code.loop)
     stores = code.count("STS", loop=True)
     loads = code.count("LDG.", loop=True)
@@ -106,7 +116,10 @@ def copies_ahead(code: Code) -> list[str]:
 
 
 def fragments_by_matrices(code: Code) -> list[str]:
-    """All but those of float32 that would have to be transposed."""
+    """All but those of float32 that would have to be transposed; on sm_90a where pixels are rectified."""
+    if code.kernel == "wgmma":
+        found = sum(text.startswith("LDSM.16.M88.4") for text in code.loop)
+        return [] if found == (4 if code.way_in == "Rectified" else 0) else [f"{found} LDSM in the main loop"]
     if code.kernel == "grad" and code.arithmetic.startswith("Tf32"):
         return []
     want = 2 * (code.tile // 32 + code.tile // 32)
@@ -126,7 +139,26 @@ def relu_is_native(code: Code) -> list[str]:
     return [] if native and not promoted else [f"a 16-bit ReLU in float32: {promoted} instructions, {native} native"]
 
 
-INVARIANTS = (no_spills, multiplies_as_intended, copies_ahead, fragments_by_matrices, relu_is_native)
+def operands_as_intended(code: Code) -> list[str]:
+    """wgmma's operand A from a descriptor, and where it is rectified from registers."""
+    if code.kernel != "wgmma":
+        return []
+    registers = sum(bool(re.match(r"HGMMA\S+ R\d+, R\d+, gdesc", text)) for text in code.loop)
+    return [] if registers == (4 if code.way_in == "Rectified" else 0) else [f"{registers} operands A in registers"]
+
+
+def nothing_waits_for_memory(code: Code) -> list[str]:
+    """No fence for other blocks' sake, which waits for all writes or forgets what was cached, in sm_90a's main loop."""
+    if code.kernel != "wgmma":
+        return []
+    found = code.count("MEMBAR", "CCTL", "ERRBAR", loop=True)
+    return [f"{found} fences in the main loop"] if found else []
+
+
+INVARIANTS = (
+    *(no_spills, multiplies_as_intended, copies_ahead, fragments_by_matrices, relu_is_native),
+    *(operands_as_intended, nothing_waits_for_memory),
+)
 
 
 def violations(code: Code) -> list[str]:

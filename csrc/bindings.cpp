@@ -12,6 +12,7 @@
 #include "cpu/content_hash.h"
 #include "cpu/kernels.h"
 #include "cuda/plan.h"
+#include "cuda/plan_sm90.h"
 #ifdef REFINENET_FAST_WITH_CUDA
 #include "cuda/kernels.h"
 #endif
@@ -211,6 +212,16 @@ void define_product(py::module_& m, const std::string& name, Arguments (*from)(F
 #endif
 }
 
+// Defines cuda_plan_<name>_sm90(..., capability, processors): None where the main loop for sm_90a does not take this.
+template <class Arguments, class... Flat>
+void define_plan_sm90(py::module_& m, const std::string& name, Arguments (*from)(Flat...)) {
+  m.def(("cuda_plan_" + name + "_sm90").c_str(), [from](Flat... flat, int capability, int processors) -> py::object {
+    const cuda::sm90::Plan chosen = cuda::sm90::plan(from(flat...), capability, processors);
+    if (!chosen.outs) return py::none();
+    return py::make_tuple(chosen.outs, chosen.blocks, chosen.shared_bytes);
+  });
+}
+
 py::list cpu_isas() {
   int count;
   const cpu::Kernels* const* list = cpu::available_kernels(&count);
@@ -236,6 +247,7 @@ PYBIND11_MODULE(_C, m) {
   define<BilinearBackward>(m, REFINENET_FAST_ENTRY(bilinear_backward), bilinear_backward);
   define_product(m, "conv3x3", packed_convolution);
   define_product(m, "weight_grad", packed_weight_grad);
+  define_plan_sm90(m, "conv3x3", packed_convolution);
   m.def("cuda_refusal",
         [](int64_t n, int64_t h, int64_t w, int64_t c, int64_t k) { return cuda::refusal({n, h, w, c}, k); });
   m.attr("CUDA_MOST_ADDS") = cuda::kMostAdds;

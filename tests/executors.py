@@ -21,7 +21,7 @@ from emulator.compilers import CSRC, nvcc
 from probes.triton_launch import TritonProbe, compile_ptx
 from refinenet_fast import backends
 
-NAMES = ("reference", "interpreter", "emulator", "gpu")
+NAMES = ("reference", "interpreter", "emulator", "emulator-sm90a", "gpu")  # the emulator: of sm_80, or as it says
 INTERPRET = Path(__file__).with_name("interpret.py")
 
 
@@ -39,7 +39,7 @@ class Executor:
         """Why it cannot be used; None: it can."""
         if self.name == "gpu" and not torch.cuda.is_available():
             return "there is no GPU"
-        if self.name == "emulator" and not (nvcc() and CSRC.exists()):
+        if self.name.startswith("emulator") and not (nvcc() and CSRC.exists()):
             return "there is no nvcc, or there are no sources"
         return None
 
@@ -53,6 +53,8 @@ class Executor:
             raise ValueError("what Triton interprets needs a process of its own: tests/test_triton.py")
         if self.name == "emulator":
             return Emulated(schedule=schedule)
+        if self.name == "emulator-sm90a":  # as many blocks as one cluster has, for several tiles
+            return Emulated("sm_90a", schedule, processors=2)
         return backends.get("cuda" if self.name == "gpu" else "reference")
 
     def outputs(self, probe: TritonProbe, schedule: Schedule = LOCKSTEP) -> list[np.ndarray]:

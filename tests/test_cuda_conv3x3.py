@@ -1,4 +1,4 @@
-"""The CUDA backend's convolution against float64: its PTX for sm_80 in the emulator; on a GPU where there is one."""
+"""The CUDA backend's convolution against float64: its PTX for sm_80 and sm_90a in the emulator; on a GPU, if any."""
 
 from __future__ import annotations
 
@@ -19,8 +19,12 @@ from triton_cases import WAYS, check_conv, tf32_errors
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 needs_nvcc = pytest.mark.skipif(not nvcc() or not CSRC.exists(), reason="needs an nvcc, and the sources")
 everywhere = pytest.mark.runs_on("emulator", "gpu")
+by_every_loop = pytest.mark.runs_on("emulator", "emulator-sm90a", "gpu")
+on_hopper = pytest.mark.runs_on("emulator-sm90a", "gpu")  # other GPUs take their own loop
 # (tile, shape, K): tiles of pixels over two images; both channels end within a tile and within a slice.
 SMALL, LARGE, ELEMENTS = (64, (2, 40, 5, 7), 72), (128, (2, 40, 5, 14), 136), (0, (2, 21, 5, 7), 37)
+# Of sm_90a, whose tiles are 16 x 8 pixels: four tiles over both edges, in turn; two slices of channels.
+WIDE, NARROW, MEDIUM = (256, (1, 72, 17, 9), 136), (64, (2, 72, 5, 9), 72), (128, (1, 8, 17, 3), 136)
 ROUTES = [pytest.param(SMALL, id="small"), pytest.param(LARGE, id="large"), pytest.param(ELEMENTS, id="elements")]
 
 
@@ -29,6 +33,7 @@ def _compiled_ahead():
     """The second core compiles while the first one emulates."""
     if nvcc() and CSRC.exists():
         start(CSRC / "cuda" / "conv3x3.cu", "sm_80")
+        start(CSRC / "cuda" / "conv3x3_sm90.cu", "sm_90a")
 
 
 @pytest.fixture(autouse=True)
@@ -52,11 +57,24 @@ def check(executor, monkeypatch):
     return check
 
 
+@by_every_loop
+@pytest.mark.parametrize("way", WAYS)
+def test_ways(check, way):
+    check(SMALL, way=way)
+
+
 @everywhere
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("route", [ROUTES[0], ROUTES[2]])
-def test_ways(check, route, way):
-    check(route, way=way)
+def test_ways_element_by_element(check, way):
+    check(ELEMENTS, way=way)
+
+
+@on_hopper
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@pytest.mark.parametrize("way", ["everything", "gradient"])  # operand A from registers, and from shared memory
+@pytest.mark.parametrize("route", [WIDE, MEDIUM, NARROW], ids=["256", "128", "64"])
+def test_tiles_of_sm90a(check, route, way, dtype):
+    check(route, dtype, way)
 
 
 @everywhere
@@ -90,12 +108,25 @@ def test_input_gradient(check, route):
     check(route, way="gradient", rotated=True)
 
 
+@on_hopper
+@pytest.mark.parametrize("route", [WIDE, NARROW], ids=["256", "64"])
+def test_input_gradient_on_sm90a(check, route):
+    check(route, way="gradient", rotated=True)
+
+
 @everywhere
 @pytest.mark.parametrize(
     "route", [(64, (2, 136, 5, 7), 72), (128, (1, 72, 3, 45), 136), (0, (2, 69, 5, 7), 21)], ids=str
 )
 def test_1x1(check, route):
     check(route, taps=1)
+
+
+@on_hopper
+@pytest.mark.parametrize("way", ["everything", "plain"])
+@pytest.mark.parametrize("route", [(256, (1, 136, 17, 9), 136), (64, (3, 520, 1, 3), 24)], ids=str)
+def test_1x1_on_sm90a(check, route, way):
+    check(route, taps=1, way=way)
 
 
 @everywhere
@@ -106,7 +137,14 @@ def test_schedules(check, route, schedule):
     check(route, way="first of an rcu", schedule=schedule)
 
 
-@everywhere
+@on_hopper
+@pytest.mark.parametrize("completion", ["early", "late", "shuffled"])
+@pytest.mark.parametrize("way", ["first of an rcu", "second of an rcu"])
+def test_schedules_on_sm90a(check, way, completion):
+    check((64, (2, 72, 3, 9), 24), way=way, schedule=Schedule(128, 1, completion))
+
+
+@by_every_loop
 @pytest.mark.parametrize(
     "shape, k", [((1, 1, 1, 1), 1), ((3, 3, 1, 5), 2), ((2, 16, 5, 1), 21), ((1, 24, 7, 13), 8), ((70, 8, 1, 1), 8)]
 )
@@ -115,10 +153,10 @@ def test_odd_shapes_by_the_plan(check, shape, k, dtype):
     check((0, shape, k), dtype)
 
 
-@everywhere
+@by_every_loop
 def test_memory_that_is_not_aligned(executor):
-    """Every tensor begins 2 bytes behind a multiple of 16, or 4 before one."""
-    data, kernels = Data(BF16, executor.device), executor.kernels()
+    """Every tensor begins 2 bytes behind a multiple of 16, or 4 before one. Sums are exact: any loop may make them."""
+    data, kernels = Data(BF16, executor.device, integers=True), executor.kernels()
 
     def moved(t: torch.Tensor, by: int) -> torch.Tensor:  # (N, C, H, W)
         n, c, h, w = t.shape
@@ -144,7 +182,7 @@ def test_weights_of_any_dtype_and_strides(executor, dtype):
     assert torch.equal(want, conv(x.double(), weight.double()).to(BF16))
 
 
-@everywhere
+@by_every_loop
 def test_more_sums_than_one_way_out_has_room_for(executor):
     data, kernels = Data(BF16, executor.device, integers=True), executor.kernels()
     x, weight = data(1, 8, 3, 5), data.weight(8, 8, 3, salt=1)
@@ -156,7 +194,7 @@ def test_more_sums_than_one_way_out_has_room_for(executor):
         assert torch.equal(y, want.to(BF16)) and torch.equal(relued, y.relu())
 
 
-@everywhere
+@by_every_loop
 def test_non_finite_values_stay_where_they_are_read(executor):
     data, kernels = Data(BF16, executor.device), executor.kernels()
     weight = data.weight(24, 16, 3, salt=1).abs() + 0.1
@@ -179,8 +217,9 @@ def test_what_no_kernel_takes_has_a_reason(executor):
 
 
 @needs_nvcc
-def test_on_sm_90a():
-    error, limit = check_conv(Emulated("sm_90a"), (1, 24, 3, 5), 16, BF16, "everything")
+def test_float32_on_sm_90a():
+    """The loop of sm_80 there, which float32 takes."""
+    error, limit = check_conv(Emulated("sm_90a"), (1, 24, 3, 5), 16, FP32, "everything")
     assert error <= limit
 
 

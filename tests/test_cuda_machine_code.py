@@ -23,12 +23,13 @@ read = cache(mc.read)
 @pytest.mark.parametrize("arch", mc.architectures())
 def test_every_instance(arch):
     found = read(arch)
-    assert len(found) == mc.INSTANCES
+    assert len(found) == mc.INSTANCES + mc.HOPPER_INSTANCES * arch.startswith("sm_90a")
     assert {str(code): what for code in found if (what := mc.violations(code))} == {}
 
 
-def one(**fields):
-    (found,) = (c for c in read(mc.architectures()[0]) if all(getattr(c, name) == v for name, v in fields.items()))
+def one(arch=None, **fields):
+    codes = read(arch or mc.architectures()[0])
+    (found,) = (c for c in codes if all(getattr(c, name) == v for name, v in fields.items()))
     return found
 
 
@@ -43,3 +44,14 @@ def test_what_is_wrong_is_seen():
     assert mc.fragments_by_matrices(replace(code, kernel="grad")) == ["16 LDSM, 0 transposed, of 16"]
     promoted = tuple(text.replace("HMNMX2", "FMNMX") for text in code.loop)
     assert mc.relu_is_native(replace(code, loop=promoted))[0].startswith("a 16-bit ReLU in float32")
+
+
+@pytest.mark.skipif("sm_90a" not in mc.architectures(), reason="built without sm_90a")
+def test_what_is_wrong_on_sm90a_is_seen():
+    code = one("sm_90a", kernel="wgmma", arithmetic="BFloat16", way_in="Rectified", tile=256)
+    assert mc.violations(replace(code, loop=(*code.loop, "MEMBAR.ALL.GPU"))) == ["1 fences in the main loop"]
+    assert mc.operands_as_intended(replace(code, way_in="Unchanged")) == ["4 operands A in registers"]
+    assert mc.fragments_by_matrices(replace(code, way_in="Unchanged")) == ["4 LDSM in the main loop"]
+    assert mc.multiplies_as_intended(replace(code, tile=128))[0].startswith("multiplies by {'HGMMA.64x256x16.F32.BF16'")
+    stored = replace(code, loop=(*code.loop, "STS.128 [R1], R4"))
+    assert mc.copies_ahead(stored)[0].startswith("1 copies in the main loop")

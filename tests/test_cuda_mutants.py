@@ -17,11 +17,18 @@ pytestmark = pytest.mark.skipif(not nvcc() or not CSRC.exists(), reason="needs a
 CONV, GRAD, RING, INDEX, WAY_OUT = (
     f"cuda/{name}" for name in ("conv3x3.cu", "weight_grad.cu", "ring.h", "index.h", "way_out.h")
 )
+SM90 = "cuda/conv3x3_sm90.cu"
 # In place of what chooses among all the instances: the ones that are run here.
 INSTANCES = {
     CONV: "template __global__ void conv_kernel<BFloat16, Rectified, CopyChunks, kSmall>(Request);\n",
     GRAD: "template __global__ void grad_kernel<BFloat16, Rectified, CopyChunks, kSmall>(Request);\n"
     "template __global__ void sum_kernel<__nv_bfloat16>(Request);\n",
+    SM90: "".join(
+        f"template __global__ void wgmma_kernel<BFloat16, {way_in}, 64>(const __grid_constant__ CUtensorMap, "
+        "const __grid_constant__ CUtensorMap, const __grid_constant__ PackedConvolution);\n"
+        for way_in in ("Rectified", "Unchanged")
+    )
+    + "}\n",
 }
 SCHEDULES = (Schedule(32, 1, "late"), Schedule(128, 0, "early"), Schedule(32, 2, "shuffled"))
 
@@ -67,6 +74,50 @@ MUTANTS = (
     Mutant("first_split_left_out", GRAD, GRAD, "split = 0; split < request.splits", "split = 1; split < request.splits",
            "result"),
     Mutant("bias_after_relu", CONV, WAY_OUT, "AddBias, Rectify,", "Rectify, AddBias,", "result"),
+    Mutant("sm90_box_not_awaited_empty", SM90, SM90,
+           "ptx::mbarrier_wait(shared_.box_empty(box_.stage), box_.phase ^ 1);", "",
+           "race|in flight|deadlock|arrivals"),
+    Mutant("sm90_weights_not_awaited_empty", SM90, SM90,
+           "ptx::mbarrier_wait(shared_.weights_empty(weight_.stage), weight_.phase ^ 1);", "",
+           "race|in flight|deadlock|arrivals"),
+    Mutant("sm90_box_not_awaited_full", SM90, SM90, "ptx::mbarrier_wait(shared_.box_full(box_.stage), box_.phase);", "",
+           "race|in flight|uninitialised|undefined"),
+    Mutant("sm90_weights_not_awaited_full", SM90, SM90,
+           "ptx::mbarrier_wait(shared_.weights_full(weight_.stage), weight_.phase);", "",
+           "race|in flight|uninitialised|undefined"),
+    Mutant("sm90_expects_half_the_weights", SM90, SM90, "arrive_expect(full, Layout<kOuts>::kTileBytes)",
+           "arrive_expect(full, Layout<kOuts>::kTileBytes / 2)", "race|in flight|uninitialised|deadlock|arrivals"),
+    Mutant("sm90_expects_no_halo", SM90, SM90, "(kTileRows + 2 * radius) * kAtomBytes", "kTileRows * kAtomBytes",
+           "race|in flight|uninitialised|deadlock"),
+    Mutant("sm90_multicast_to_one", SM90, SM90, "(1 << kCluster) - 1", "1", "deadlock|race|in flight|uninitialised"),
+    Mutant("sm90_box_released_too_early", SM90, SM90, "if (dy == 0 && box > 0) release_box(read_box);",
+           "if (dy == 0) release_box(box_.stage);", "race|in flight|deadlock|arrivals"),
+    Mutant("sm90_weights_released_too_early", SM90, SM90, "if (add) release_weights(read_weights);",
+           "release_weights(weight_.stage);", "race|in flight|deadlock|arrivals"),
+    Mutant("sm90_weights_released_at_home_only", SM90, SM90, "if (lane < kCluster) ptx::mbarrier_arrive_at",
+           "if (lane == ptx::cluster_rank()) ptx::mbarrier_arrive_at", "deadlock"),
+    Mutant("sm90_products_not_awaited", SM90, SM90, "ptx::wgmma_wait<1>();\n    } else {", "\n    } else {",
+           "race|in flight"),
+    Mutant("sm90_products_of_registers_not_awaited", SM90, SM90, "ptx::wgmma_wait<1>();\n    }\n  }", "\n    }\n  }",
+           "race|in flight"),
+    Mutant("sm90_sums_not_awaited", SM90, SM90, "ptx::wgmma_wait<0>();", "", "in flight"),
+    Mutant("sm90_no_fence_of_registers", SM90, SM90, "(left[i % 2]);\n      ptx::wgmma_fence();", "(left[i % 2]);",
+           "wgmma.fence"),
+    Mutant("sm90_adds_to_the_last_tile", SM90, SM90, "const bool add = box > 0 || dy > 0;", "const bool add = true;",
+           "result|arrivals|race|in flight|deadlock"),
+    Mutant("sm90_begins_alone", SM90, SM90, "ptx::cluster_sync();  // nobody", "// nobody",
+           "race|uninitialised|undefined|exited|deadlock"),
+    Mutant("sm90_ends_alone", SM90, SM90, "waited for all of it.)\n  ptx::cluster_sync();", "waited for all of it.)\n",
+           "exited"),
+    Mutant("sm90_upper_border", SM90, SM90, "first.row - radius, first.image", "first.row - radius + 1, first.image",
+           "result"),
+    Mutant("sm90_stores_beyond_the_row", SM90, SM90, "at.column >= w", "at.column > w",
+           "out of bounds|race|result|different values"),
+    Mutant("sm90_same_row_for_every_tap", SM90, SM90, "(group_ * kGroupRows + dy)", "(group_ * kGroupRows)", "result"),
+    Mutant("sm90_reads_unturned_chunks", SM90, SM90, "((i * 2 + lane / 16) ^ pixel % 8)", "(i * 2 + lane / 16)",
+           "result"),
+    Mutant("sm90_rows_read_at_once", SM90, SM90, "__syncwarp();  // rows are read", "// rows are read", "race"),
+    Mutant("sm90_slice_not_awaited_read", SM90, SM90, "__syncwarp();  // the slice has been read", "", "race"),
     Mutant("odd_pitch", CONV, INDEX, "return tile + 8;", "return tile + 5;", "not aligned"),
 )  # fmt: skip
 
@@ -91,7 +142,13 @@ def finding(source: str, texts: dict[str, str]) -> str:
     for schedule in SCHEDULES:
         kernels = Emulated(schedule=schedule, tile=64, changed=texts)
         try:
-            if source == CONV:  # two images; both channels end within a tile
+            if source == SM90:  # six tiles, the last one of pixels beyond the images, by one cluster; two slices
+                kernels = Emulated("sm_90a", schedule, tile=64, processors=2, changed=texts)
+                for way in ("first of an rcu", "gradient"):  # operand A from registers, and from shared memory
+                    error, limit = check_conv(kernels, (3, 72, 5, 3), 72, torch.bfloat16, way)
+                    if error > limit:
+                        break
+            elif source == CONV:  # two images; both channels end within a tile
                 error, limit = check_conv(kernels, (2, 40, 5, 7), 24, torch.bfloat16, "first of an rcu")
             else:
                 error, limit = check_grads(kernels, (2, 24, 5, 17), 40, torch.bfloat16)
@@ -110,6 +167,6 @@ def test_mutant(mutant):
     assert re.search(mutant.expect, said), f"expected {mutant.expect}, got {said or 'nothing'}"
 
 
-@pytest.mark.parametrize("source", [CONV, GRAD])
+@pytest.mark.parametrize("source", [CONV, GRAD, SM90])
 def test_nothing_is_said_of_the_kernels_themselves(source):
     assert finding(source, {source: reduced(source)}) == ""

@@ -30,7 +30,7 @@ struct PackedConvolution {
   int64_t k;    // output channels
   int side;     // 3 or 1
   DType dtype;  // of all but the bias
-  int tile;     // pixels and output channels of a block: 128 or 64; 0: as the plan chooses
+  int tile;     // output channels of a block: 256 (sm_90a only), 128 or 64; 0: as the plan chooses
   bool exact;   // float32 as three products of TF32, otherwise as one
   bool turned;  // taps from the last to the first: the input gradient
   bool relu_in;

@@ -13,6 +13,11 @@ int bilinear_backward(const BilinearBackward&, int device, void* stream);
 int conv3x3(const PackedConvolution&, int device, void* stream);
 int weight_grad(const PackedWeightGrad&, int device, void* stream);
 
+// What plan_sm90.h says it takes; part of builds for sm_90a.
+namespace sm90 {
+int conv3x3(const PackedConvolution&, int processors, int device, void* stream);
+}
+
 // The newest CUDA that the installed driver runs, and the one this was built with, as 1000 * major + 10 * minor; the
 // driver's is 0 where there is none.
 int driver_version();

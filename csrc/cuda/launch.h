@@ -76,6 +76,15 @@ inline int multiprocessors(int device, int* count) {
   return cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device);
 }
 
+// 10 * major + minor
+inline int capability(int device, int* number) {
+  int major, minor;
+  if (const int error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device)) return error;
+  if (const int error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device)) return error;
+  *number = 10 * major + minor;
+  return cudaSuccess;
+}
+
 // kernel<<<blocks, threads, shared_bytes>>>(arguments)
 template <class Arguments>
 int launch_blocks(void (*kernel)(Arguments), const Arguments& arguments, int64_t blocks, int threads, int shared_bytes,

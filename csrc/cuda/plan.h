@@ -1,4 +1,5 @@
-// Which kernel an implicit matrix product takes, and how many blocks: pure functions of the request, in plain C++.
+// Which kernel an implicit matrix product takes, and how many blocks: pure functions of the request, in plain C++. (The
+// loop for sm_90a has its plan in plan_sm90.h.)
 #pragma once
 
 #include <initializer_list>

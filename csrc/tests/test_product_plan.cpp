@@ -4,7 +4,7 @@
 #include <limits>
 #include <set>
 
-#include "cuda/plan.h"
+#include "cuda/plan_sm90.h"
 
 using namespace refinenet_fast;
 using namespace refinenet_fast::cuda;
@@ -117,6 +117,27 @@ void convolution_plans() {
   check(typical.shared_bytes * kResident <= 163840, "two blocks on one multiprocessor of sm_80", typical.shared_bytes);
 }
 
+void convolution_plans_of_sm90a() {
+  const auto outs = [](const PackedConvolution& p, int capability = 90) { return sm90::plan(p, capability, 132).outs; };
+  PackedConvolution p = convolution({8, 128, 128, 256}, 256);
+  const sm90::Plan typical = sm90::plan(p, 90, 132);
+  check(typical.outs == 256 && typical.blocks == 132, "a large map", typical.outs, typical.blocks);
+  check(sm90::plan(p, 90, 131).blocks == 130, "whole clusters");
+  check(outs(p, 80) == 0 && outs(p, 100) == 0 && outs(p, 120) == 0, "other architectures");
+  check(outs(convolution({8, 128, 128, 256}, 72)) == 128 && outs(convolution({8, 128, 128, 256}, 64)) == 64, "few");
+  check(outs(convolution({8, 16, 16, 512}, 512)) == 64, "few tiles are narrow");
+  check(sm90::plan(convolution({1, 1, 1, 8}, 8), 90, 132).blocks == 2, "one pixel, one cluster");
+  check(outs(convolution({8, 128, 128, 252}, 256)) == 0 && outs(convolution({8, 128, 128, 256}, 20)) == 0, "odd rows");
+  check(outs(convolution({8, 128, 128, 256}, 256, 264)) == 0, "an odd address");
+  p.out.select = reinterpret_cast<const void*>(uintptr_t{24});
+  check(outs(p) == 0, "an odd address on the way out");
+  p = convolution({8, 128, 128, 256}, 256);
+  p.dtype = DType::kFloat32;
+  check(outs(p) == 0, "float32");
+  check(outs(convolution({int64_t{1} << 30, 1, 1, 8}, 320)) == 0, "more tiles than are counted");
+  check(outs(convolution({1, 46336, 46336, 64}, 64)) == 64, "2^31 - ... pixels");
+}
+
 void weight_grad_plans() {
   PackedWeightGrad p{};
   p.shape = {8, 128, 128, 256};
@@ -156,6 +177,7 @@ int main() {
   narrow_rows();
   splits();
   convolution_plans();
+  convolution_plans_of_sm90a();
   weight_grad_plans();
   refusals();
   std::printf("%d failed\n", failures);

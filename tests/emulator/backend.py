@@ -11,7 +11,7 @@ from torch import Tensor
 
 from emulator.compilers import CSRC, compiled, find, picked
 from emulator.launch import Struct, emulate
-from emulator.products import Plan, bytes_at, convolution, weight_gradient
+from emulator.products import HopperPlan, Launch, Plan, bytes_at, convolution, weight_gradient
 from emulator.unit import LOCKSTEP, Schedule
 from refinenet_fast import _native
 from refinenet_fast.backends.configurations import A100
@@ -127,12 +127,11 @@ class Emulated(Cuda):
 
     def _call(self, function: str, like: Tensor, *arguments: object) -> None:
         if function in ("conv3x3", "weight_grad"):
-            plan = Plan(*getattr(_native._C, f"cuda_plan_{function}")(*arguments, self.processors))
-            launches = (convolution if function == "conv3x3" else weight_gradient)(plan, *arguments)
             headers = tuple((path, text) for path, text in self.changed.items() if path.endswith(".h"))
-            for source, name, blocks, threads, shared, request in launches:
+            for source, name, blocks, threads, shared, given, cluster in self._launches(function, *arguments):
                 kernel = picked(CSRC / source, self.arch, name, self.changed.get(source, ""), headers)
-                emulate(kernel, [blocks], [threads], [request], shared=shared, schedule=self.schedule)
+                schedule = self.schedule
+                emulate(kernel, [blocks], [threads], given, cluster=[cluster], shared=shared, schedule=schedule)
             return
         entry = ENTRIES[function]
         flat = [int(a) for a in arguments]  # type: ignore[call-overload]
@@ -151,3 +150,13 @@ class Emulated(Cuda):
         kernel = find(compiled(CSRC / "cuda" / entry.source, self.arch), f"{entry.kernel}I{mangled}Li{lanes}E{flags}E")
         blocks = -(-threads // lanes // THREADS)
         emulate(kernel, [blocks], [THREADS], [arguments], schedule=self.schedule)
+
+    def _launches(self, function: str, *arguments: object) -> list[Launch]:
+        """Of a convolution or a weight gradient, as the library plans it for this architecture."""
+        core = _native._C
+        if function == "weight_grad":
+            return weight_gradient(Plan(*core.cuda_plan_weight_grad(*arguments, self.processors)), *arguments)
+        capability = int(self.arch.removeprefix("sm_").rstrip("a"))
+        if hopper := core.cuda_plan_conv3x3_sm90(*arguments, capability, self.processors):
+            return convolution(HopperPlan(*hopper), *arguments)
+        return convolution(Plan(*core.cuda_plan_conv3x3(*arguments, self.processors)), *arguments)

@@ -1,6 +1,6 @@
-"""Launches of the CUDA backend's convolution and weight gradient: the host code of csrc/cuda/{conv3x3,weight_grad}.cu.
+"""Launches of the CUDA backend's products: the host code of csrc/cuda/{conv3x3,conv3x3_sm90,weight_grad}.cu.
 
-What they are made of, tiles, blocks and shared memory, comes from ``csrc/cuda/plan.h`` itself.
+What they are made of, tiles, blocks and shared memory, comes from ``csrc/cuda/plan.h`` and ``plan_sm90.h`` themselves.
 """
 
 from __future__ import annotations
@@ -12,8 +12,11 @@ from typing import NamedTuple
 import numpy as np
 
 from emulator.launch import Struct
+from emulator.tensormap import TensorMap
 
 THREADS, SUM_THREADS = 128, 256  # kProductThreads, kThreads
+# kBlockThreads, kCluster, kTileRows, kTileColumns, kSlice in csrc/cuda/plan_sm90.h
+SM90_THREADS, SM90_CLUSTER, SM90_ROWS, SM90_COLUMNS, SM90_SLICE = 384, 2, 16, 8, 64
 MOST_ADDS = 8
 CHUNK = 16
 # By the numbers of DType in csrc/common/arguments.h: bytes of an element; its name, and its arithmetic's, as mangled.
@@ -32,6 +35,14 @@ class Plan(NamedTuple):
     splits: int
 
 
+class HopperPlan(NamedTuple):
+    """As csrc/cuda/plan_sm90.h has it."""
+
+    outs: int
+    blocks: int
+    shared: int
+
+
 class Launch(NamedTuple):
     """Of the one kernel of ``source`` whose mangled name has ``name`` in it."""
 
@@ -40,7 +51,8 @@ class Launch(NamedTuple):
     blocks: int
     threads: int
     shared: int
-    request: Struct
+    arguments: tuple[object, ...]
+    cluster: int = 1
 
 
 def bytes_at(address: int, size: int) -> np.ndarray | int:
@@ -54,16 +66,20 @@ def divider(by: int) -> tuple[int, int, int]:
     return by, -(-(1 << 31 + bits) // by), 31 + bits
 
 
-def name_of(kernel: str, plan: Plan, dtype: int, exact: bool, relu_in: bool) -> str:
-    """Of an instance, as it is mangled."""
+def name_of(kernel: str, dtype: int, exact: bool, relu_in: bool) -> str:
+    """Of an instance, as it is mangled, up to what differs between kernels."""
     product = PRODUCTS[dtype, exact] if dtype == 0 else PRODUCTS[dtype]
     way_in = "9Rectified" if relu_in else "9Unchanged"
-    copy = "10CopyChunks" if plan.whole_chunks else "12CopyElements"
-    return f"{kernel}INS0_{product}ENS0_{way_in}ENS0_{copy}ELi{plan.tile}E"
+    return f"{kernel}INS0_{product}ENS0_{way_in}E"
+
+
+def copied(plan: Plan) -> str:
+    """What of an instance's mangled name the plan decides."""
+    return f"NS0_{'10CopyChunks' if plan.whole_chunks else '12CopyElements'}ELi{plan.tile}E"
 
 
 def convolution(
-    plan: Plan,
+    plan: Plan | HopperPlan,
     x: int,
     weights: int,
     y: int,
@@ -96,16 +112,29 @@ def convolution(
         *(low_h, h, corners, low_w, w, corners, len(adds), raw_adds, relu_out),
     )
     pitch = -(-c * size // CHUNK) * CHUNK
-    request = Struct(
-        f"2Q{4 + MOST_ADDS + 1}Qqq?7xqq?7x2i?7x4qq3i3?xIIIIII?7x",
-        (
-            *(bytes_at(x, n * h * w * c * size), bytes_at(weights, side * side * k * pitch)),
-            *(*way_out, n, h, w, c, k, side, dtype, tile, exact, turned, relu_in),
-            *(*divider(h), *divider(w), k * size % CHUNK == 0 and not any(m % CHUNK for m in maps)),
-        ),
-    )
-    name = name_of("conv_kernel", plan, dtype, exact, relu_in)
-    return [Launch("cuda/conv3x3.cu", name, plan.blocks, THREADS, plan.shared, request)]
+    pixels, taps = bytes_at(x, n * h * w * c * size), bytes_at(weights, side * side * k * pitch)
+    asked = *way_out, n, h, w, c, k, side, dtype, tile, exact, turned, relu_in
+    layout = f"2Q{4 + MOST_ADDS + 1}Qqq?7xqq?7x2i?7x4qq3i3?x"
+    if isinstance(plan, HopperPlan):
+        box, part = (1, SM90_ROWS + side // 2 * 2, SM90_COLUMNS, SM90_SLICE), plan.outs // SM90_CLUSTER
+        arguments = (
+            tensor_map(pixels, (n, h, w, c), box, dtype),
+            tensor_map(taps, (side * side, k, c), (1, part, SM90_SLICE), dtype),
+            Struct(layout, (0, 0, *asked)),
+        )
+        name = f"{name_of('wgmma_kernel', dtype, exact, relu_in)}Li{plan.outs}E"
+        source = "cuda/conv3x3_sm90.cu"
+        return [Launch(source, name, plan.blocks, SM90_THREADS, plan.shared, arguments, SM90_CLUSTER)]
+    whole_out = k * size % CHUNK == 0 and not any(m % CHUNK for m in maps)
+    request = Struct(f"{layout}IIIIII?7x", (pixels, taps, *asked, *divider(h), *divider(w), whole_out))
+    name = name_of("conv_kernel", dtype, exact, relu_in) + copied(plan)
+    return [Launch("cuda/conv3x3.cu", name, plan.blocks, THREADS, plan.shared, (request,))]
+
+
+def tensor_map(memory: np.ndarray | int, shape: tuple[int, ...], box: tuple[int, ...], dtype: int) -> TensorMap:
+    """As csrc/cuda/tensor_map.h has the driver make it."""
+    assert isinstance(memory, np.ndarray)
+    return TensorMap(memory.view(np.uint16).reshape(shape), box, "bf16" if dtype == 1 else "f16", 128)
 
 
 def weight_gradient(
@@ -136,9 +165,9 @@ def weight_gradient(
             *(*divider(h), *divider(w), splits),
         ),
     )
-    name = name_of("grad_kernel", plan, dtype, exact, relu_in)
+    name = name_of("grad_kernel", dtype, exact, relu_in) + copied(plan)
     total = -(-elements // SUM_THREADS)
     return [
-        Launch("cuda/weight_grad.cu", name, plan.blocks, THREADS, plan.shared, request),
-        Launch("cuda/weight_grad.cu", f"sum_kernelI{ELEMENTS[gw_dtype]}E", total, SUM_THREADS, 0, request),
+        Launch("cuda/weight_grad.cu", name, plan.blocks, THREADS, plan.shared, (request,)),
+        Launch("cuda/weight_grad.cu", f"sum_kernelI{ELEMENTS[gw_dtype]}E", total, SUM_THREADS, 0, (request,)),
     ]

@@ -1,0 +1,79 @@
+// When a convolution takes the main loop for sm_90a, and in which tiles: pure functions of the request, in plain C++.
+#pragma once
+
+#include "cuda/plan.h"
+
+namespace refinenet_fast::cuda::sm90 {
+
+constexpr int kCapability = 90;  // what is built for sm_90a runs on compute capability 9.0 only
+constexpr int kWarpgroup = 128, kConsumers = 2, kBlockThreads = (kConsumers + 1) * kWarpgroup;
+constexpr int kCluster = 2;  // blocks that share their tiles of weights
+
+// A row of 8 pixels of 64 channels is one atom of the 128-byte swizzle, 1024 bytes: boxes of such rows begin at
+// multiples of it wherever a tap begins to read, so that the rows above and below cost no load of their own.
+constexpr int kTileColumns = 8, kGroupRows = 8, kTileRows = kConsumers * kGroupRows;
+constexpr int kSlice = 64;  // input channels of a step
+constexpr int kRowBytes = kSlice * 2, kAtomBytes = kTileColumns * kRowBytes;
+constexpr int kBoxBytes = (kTileRows + 2) * kAtomBytes;  // 18,432: pixels of one slice, shifted by one dx, for every dy
+
+// The way out goes through shared memory by warps, 16 pixels x 32 output channels of float32 at a time.
+constexpr int kOutSlice = 32, kWarpPixels = 16;
+constexpr int kOutBytes = kConsumers * 4 * kWarpPixels * pitch_of(kOutSlice) * static_cast<int>(sizeof(float));
+
+constexpr int kMostShared = 232448;  // of a block
+
+// How many boxes of pixels and tiles of weights are on their way at once. A box of 3x3 serves three tiles of weights,
+// hence fewer of them; a box of 1x1 serves one.
+//
+//   outputs   boxes          weights           way out   barriers   to align   together
+//   256       4 x 18,432     4 x 32,768         20,480        128      1,024    226,432
+//   128       5 x 18,432     7 x 16,384         20,480        192      1,024    228,544
+//    64       7 x 18,432     9 x  8,192         20,480        256      1,024    224,512
+struct Stages {
+  int boxes, weights;
+};
+
+REFINENET_FAST_BOTH constexpr Stages stages_of(int outs) {
+  return outs == 256 ? Stages{4, 4} : outs == 128 ? Stages{5, 7} : Stages{7, 9};
+}
+
+constexpr int shared_bytes(int outs) {
+  const Stages stages = stages_of(outs);
+  const int tiles = stages.boxes * kBoxBytes + stages.weights * outs * kRowBytes;
+  return kAtomBytes + tiles + kOutBytes + 2 * 8 * (stages.boxes + stages.weights);
+}
+static_assert(shared_bytes(256) <= kMostShared && shared_bytes(128) <= kMostShared && shared_bytes(64) <= kMostShared,
+              "a block's shared memory");
+
+struct Plan {
+  int outs;        // output channels of a tile, 256, 128 or 64; 0: the other loop takes this
+  int64_t blocks;  // that stay, taking one tile after the other
+  int shared_bytes;
+};
+
+// Clusters' worth of tiles of pixels.
+REFINENET_FAST_BOTH constexpr int64_t pixel_groups(const Shape& s) {
+  return blocks_of<int64_t>(s.n * blocks_of<int64_t>(s.h, kTileRows) * blocks_of<int64_t>(s.w, kTileColumns), kCluster);
+}
+
+// Tensor maps want rows of whole chunks at aligned addresses, and strides below 2^40 bytes.
+inline bool takes(const PackedConvolution& p, int capability) {
+  if (capability != kCapability || p.dtype == DType::kFloat32) return false;
+  if (!whole_chunks(p.dtype, {p.shape.c}, {p.x, p.weights}) || !whole_out(p)) return false;
+  const int64_t image = p.shape.h * p.shape.w * p.shape.c, tap = p.k * p.shape.c, most = int64_t{1} << 39;
+  return image < most && tap < most && pixel_groups(p.shape) <= kMostCounted / kCluster / blocks_of<int64_t>(p.k, 64);
+}
+
+// As wide as the output channels, so that pixels are read once; narrower where there would be fewer tiles than
+// multiprocessors.
+inline Plan plan(const PackedConvolution& p, int capability, int processors) {
+  if (!takes(p, capability)) return {};
+  const auto blocks = [&](int outs) { return kCluster * pixel_groups(p.shape) * blocks_of<int64_t>(p.k, outs); };
+  int outs = 256;
+  while (outs > 64 && (p.k <= outs / 2 || blocks(outs) < processors)) outs /= 2;
+  if (p.tile == 256 || p.tile == 128 || p.tile == 64) outs = p.tile;
+  const int64_t room = processors > kCluster ? processors / kCluster * kCluster : kCluster;
+  return {outs, blocks(outs) < room ? blocks(outs) : room, shared_bytes(outs)};
+}
+
+}  // namespace refinenet_fast::cuda::sm90
