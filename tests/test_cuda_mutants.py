@@ -92,6 +92,8 @@ MUTANTS = (
     Mutant("sm90_multicast_to_one", SM90, SM90, "(1 << kCluster) - 1", "1", "deadlock|race|in flight|uninitialised"),
     Mutant("sm90_box_released_too_early", SM90, SM90, "if (dy == 0 && box > 0) release_box(read_box);",
            "if (dy == 0) release_box(box_.stage);", "race|in flight|deadlock|arrivals"),
+    Mutant("sm90_box_released_by_one_lane", SM90, SM90, "__syncwarp();  // every lane has read its rows", ";",
+           "race"),
     Mutant("sm90_weights_released_too_early", SM90, SM90, "if (add) release_weights(read_weights);",
            "release_weights(weight_.stage);", "race|in flight|deadlock|arrivals"),
     Mutant("sm90_weights_released_at_home_only", SM90, SM90, "if (lane < kCluster) ptx::mbarrier_arrive_at",

@@ -212,6 +212,7 @@ class Consumer {
 
   // One warp has done with a stage: whoever writes into it is told.
   __device__ __forceinline__ void release_box(uint32_t stage) {
+    if constexpr (!std::is_same_v<In, Unchanged>) __syncwarp();  // every lane has read its rows
     if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(shared_.box_empty(stage));
   }
 
