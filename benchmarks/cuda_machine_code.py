@@ -34,7 +34,7 @@ INSTANCE = re.compile(
     r"E(?:NS0_\d+Copy(?P<copy>Chunks|Elements)E)?Li(?P<tile>\d+)E"
 )
 INSTANCES = 24 + 22  # of the convolution and of the weight gradient, which has no large tiles of three products
-HOPPER_INSTANCES = 0  # of the loop for sm_90a, once it is built: two types, two ways in, three widths make 12
+HOPPER_INSTANCES = 12  # of the loop for sm_90a: two types, two ways in, three widths
 
 
 @dataclass(frozen=True)

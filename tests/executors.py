@@ -39,8 +39,6 @@ class Executor:
         """Why it cannot be used; None: it can."""
         if self.name == "gpu" and not torch.cuda.is_available():
             return "there is no GPU"
-        if self.name == "emulator-sm90a":
-            return "the loop for sm_90a has not been run yet"
         if self.name.startswith("emulator") and not (nvcc() and CSRC.exists()):
             return "there is no nvcc, or there are no sources"
         return None

@@ -150,6 +150,19 @@ target_include_directories(refinenet_fast_cuda SYSTEM PUBLIC ${CMAKE_CUDA_TOOLKI
 # Compressed, machine code and its line numbers take a fifth.
 target_compile_options(refinenet_fast_cuda PRIVATE -lineinfo -Xfatbin=-compress-all -Xcompiler=-Wall,-Wextra)
 
+# What only sm_90a has instructions for.
+set(sm90a ${CMAKE_CUDA_ARCHITECTURES})
+list(FILTER sm90a INCLUDE REGEX "^90a")
+if(sm90a)
+  add_library(refinenet_fast_sm90a STATIC csrc/cuda/conv3x3_sm90.cu)
+  set_target_properties(refinenet_fast_sm90a PROPERTIES CUDA_ARCHITECTURES "${sm90a}")
+  target_include_directories(refinenet_fast_sm90a PUBLIC ${PROJECT_SOURCE_DIR}/csrc)
+  target_include_directories(refinenet_fast_sm90a SYSTEM PUBLIC ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
+  target_compile_options(refinenet_fast_sm90a PRIVATE -lineinfo -Xfatbin=-compress-all -Xcompiler=-Wall,-Wextra)
+  target_compile_definitions(refinenet_fast_cuda PUBLIC REFINENET_FAST_SM90A)
+  target_link_libraries(refinenet_fast_cuda PUBLIC refinenet_fast_sm90a)
+endif()
+
 set(REFINENET_FAST_CUDA_BUILT ON)
 set(REFINENET_FAST_CUDA_BUILT_ARCHS ${CMAKE_CUDA_ARCHITECTURES})
 list(JOIN CMAKE_CUDA_ARCHITECTURES ", " archs)

@@ -7,6 +7,7 @@
 // nine shifted reads of a slice hit the caches. The input gradient is the same with turned weights.
 #include "cuda/arithmetic.h"
 #include "cuda/kernels.h"
+#include "cuda/plan_sm90.h"
 #include "cuda/ring.h"
 #include "cuda/way_out.h"
 
@@ -206,6 +207,11 @@ int conv3x3(const PackedConvolution& p, int device, void* stream) {
   if (refusal(p.shape, p.k)) return cudaErrorInvalidValue;
   int processors;
   if (const int error = multiprocessors(device, &processors)) return error;
+#ifdef REFINENET_FAST_SM90A
+  int on;
+  if (const int error = capability(device, &on)) return error;
+  if (sm90::takes(p, on)) return sm90::conv3x3(p, processors, device, stream);
+#endif
   const Plan chosen = plan(p, processors);
   const Kernel kernel = by_arithmetic(p, [&](auto math) { return kernel_of<decltype(math)>(p, chosen); });
   const Request request{p, divider(p.shape.h), divider(p.shape.w), whole_out(p)};

@@ -19,7 +19,6 @@ from refinenet_fast.backends.cuda import Cuda
 from refinenet_fast.backends.native import Native
 
 THREADS = 256  # kThreads in csrc/cuda/launch.h
-TAKES_SM90 = False  # the loop for sm_90a has not been run yet
 STRIP = 16  # kStrip in csrc/cuda/maxpool5.cu
 # By the numbers of DType in csrc/common/arguments.h: bytes of an element, and its name in a mangled kernel's.
 TYPES = {0: (4, "f"), 1: (2, "13__nv_bfloat16"), 2: (2, "6__half")}
@@ -158,6 +157,6 @@ class Emulated(Cuda):
         if function == "weight_grad":
             return weight_gradient(Plan(*core.cuda_plan_weight_grad(*arguments, self.processors)), *arguments)
         capability = int(self.arch.removeprefix("sm_").rstrip("a"))
-        if TAKES_SM90 and (hopper := core.cuda_plan_conv3x3_sm90(*arguments, capability, self.processors)):
+        if hopper := core.cuda_plan_conv3x3_sm90(*arguments, capability, self.processors):
             return convolution(HopperPlan(*hopper), *arguments)
         return convolution(Plan(*core.cuda_plan_conv3x3(*arguments, self.processors)), *arguments)
