@@ -13,6 +13,8 @@ import refinenet_fast
 from refinenet_fast import backends
 from timing import interleave
 
+SM80_LOOP = "cuda-sm80-loop"  # the backend "cuda" on Hopper without TMA and wgmma
+
 
 @dataclasses.dataclass(frozen=True)
 class Built:
@@ -43,15 +45,24 @@ class Contender:
 
 def known():
     """Every name that can be asked for."""
-    return ("eager", "compile", *(info.name for info in refinenet_fast.list_backends()))
+    return ("eager", "compile", *(info.name for info in refinenet_fast.list_backends()), SM80_LOOP)
 
 
 def cannot_run(name, device, dtype):
     """Why a contender cannot run here, or None."""
     if name in ("eager", "compile"):
         return None
+    if name == SM80_LOOP:
+        return cannot_run("cuda", device, dtype) or _has_one_loop(device, dtype)
     backend = backends.get(name)
     return backend.unavailable() or backend.can_run(device, dtype)
+
+
+def _has_one_loop(device, dtype):
+    capability = torch.cuda.get_device_capability(device)
+    if capability == (9, 0) and dtype != torch.float32:
+        return None
+    return f"the loop of sm_80 is the only one for {dtype} on sm_{capability[0]}{capability[1]}"
 
 
 def contender(name):
@@ -59,9 +70,21 @@ def contender(name):
         return Contender(name, lambda case, *_: Built(case.eager))
     if name == "compile":
         return Contender(name, _compile, compiles=True)
-    build = lambda case, *_: Built(case.ours(name))  # noqa: E731
-    context = partial(refinenet_fast.use_backend, name)
-    return Contender(name, build, ours=True, kernels=backends.get(name), context=context)
+    backend = "cuda" if name == SM80_LOOP else name
+    build = lambda case, *_: Built(case.ours(backend))  # noqa: E731
+    context = _by_the_sm80_loop if name == SM80_LOOP else partial(refinenet_fast.use_backend, name)
+    return Contender(name, build, ours=True, kernels=backends.get(backend), context=context)
+
+
+@contextlib.contextmanager
+def _by_the_sm80_loop():
+    kernels = backends.get("cuda")
+    kernels.sm80_loop = True
+    try:
+        with refinenet_fast.use_backend("cuda"):
+            yield
+    finally:
+        kernels.sm80_loop = False
 
 
 # ---- torch.compile, as strong as a user would make it ---------------------------------------

@@ -99,7 +99,7 @@ cuda::PackedConvolution packed_convolution(Address x, Address weights, Address y
                                            Address select, const std::vector<Address>& add, int raw_adds, Address low,
                                            int64_t low_h, int64_t low_w, bool align_corners, bool relu_out,
                                            const Sizes& sizes, int side, int dtype, bool exact, bool turned,
-                                           bool relu_in, int tile) {
+                                           bool relu_in, int tile, bool sm80_loop) {
   const auto [n, h, w, c, k] = sizes;
   if (add.size() > cuda::kMostAdds) throw py::value_error("add: expected 8 tensors at most");
   cuda::WayOut out{};
@@ -114,7 +114,8 @@ cuda::PackedConvolution packed_convolution(Address x, Address weights, Address y
   out.adds = static_cast<int>(add.size());
   out.raw_adds = raw_adds;
   out.relu = relu_out;
-  return {at<void>(x), at<void>(weights), out, {n, h, w, c}, k, side, DType(dtype), tile, exact, turned, relu_in};
+  return {at<void>(x), at<void>(weights), out,      {n, h, w, c}, k, side, DType(dtype), tile, exact,
+          turned,      relu_in,           sm80_loop};
 }
 
 cuda::PackedWeightGrad packed_weight_grad(Address x, Address gy, Address parts, Address gw,

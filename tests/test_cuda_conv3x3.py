@@ -171,6 +171,21 @@ def test_memory_that_is_not_aligned(executor):
     assert torch.equal(y, kernels.conv3x3(x.clone(), weight, WayIn(True), aligned))
 
 
+@on_hopper
+def test_the_loop_of_sm_80_where_it_is_asked_for(executor, monkeypatch):
+    """On Hopper too; sums are exact: either loop makes the same ones."""
+    data, kernels = Data(BF16, executor.device, integers=True), executor.kernels()
+    x, weight = data(1, 16, 5, 7), data.weight(24, 16, 3, salt=1)
+    want = kernels.conv3x3(x, weight)
+    monkeypatch.setattr(kernels, "sm80_loop", True)
+    launched = []
+    if executor.name == "emulator-sm90a":
+        real = kernels._launches
+        monkeypatch.setattr(kernels, "_launches", lambda *args: launched.extend(real(*args)) or launched)
+    assert torch.equal(kernels.conv3x3(x, weight), want)
+    assert all(launch.source == "cuda/conv3x3.cu" for launch in launched)
+
+
 @everywhere
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 def test_weights_of_any_dtype_and_strides(executor, dtype):
@@ -228,7 +243,7 @@ def test_what_cuda_says_comes_with_kernel_and_sizes():
     if not refinenet_fast.build_info()["cuda"]["built"]:
         pytest.skip("built without CUDA")
     core = _native._C
-    rest = ((), 0, 0, 1, 1, True, False), (3, 1, False, False, False, 0, 0, 0)
+    rest = ((), 0, 0, 1, 1, True, False), (3, 1, False, False, False, 0, False, 0, 0)
     asked = "CUDA kernel conv3x3 on (N, H, W, C) = (0, 3, 5, 8), K = 4: invalid argument"
     with pytest.raises(RuntimeError, match=re.escape(asked)):
         core.cuda_conv3x3(*[0] * 6, *rest[0], (0, 3, 5, 8, 4), *rest[1])

@@ -34,6 +34,7 @@ struct PackedConvolution {
   bool exact;   // float32 as three products of TF32, otherwise as one
   bool turned;  // taps from the last to the first: the input gradient
   bool relu_in;
+  bool sm80_loop;  // also where that of sm_90a takes this
 };
 
 // The gradient of that convolution in its weight, summed over the pixels: `splits` sums first, then those in their

@@ -134,6 +134,10 @@ void convolution_plans_of_sm90a() {
   p = convolution({8, 128, 128, 256}, 256);
   p.dtype = DType::kFloat32;
   check(outs(p) == 0, "float32");
+  p.dtype = DType::kFloat16;
+  check(outs(p) == 256, "float16");
+  p.sm80_loop = true;
+  check(outs(p) == 0, "the other loop was asked for");
   check(outs(convolution({int64_t{1} << 30, 1, 1, 8}, 320)) == 0, "more tiles than are counted");
   check(outs(convolution({1, 46336, 46336, 64}, 64)) == 64, "2^31 - ... pixels");
 }

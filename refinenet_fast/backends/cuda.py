@@ -37,6 +37,7 @@ class Cuda(Native):
     dtypes = (torch.float32, torch.float16, torch.bfloat16)
     proven = False
     tile = 0  # output channels of a block of the convolutions: 128, 64, or on sm_90a 256; 0: by the sizes
+    sm80_loop = False  # of 16-bit convolutions on Hopper too, for comparing
 
     def unavailable(self) -> str | None:
         if _native.missing is not None:
@@ -133,6 +134,7 @@ class Cuda(Native):
             rotated,
             relu_in,
             self.tile,
+            self.sm80_loop,
         )
         return self.way_out(y, left)
 

@@ -100,6 +100,7 @@ def convolution(
     turned: bool,
     relu_in: bool,
     tile: int,
+    sm80_loop: bool,
 ) -> list[Launch]:
     """Of ``_C.cuda_conv3x3``."""
     (n, h, w, c, k), size = sizes, SIZES[dtype]
@@ -113,8 +114,8 @@ def convolution(
     )
     pitch = -(-c * size // CHUNK) * CHUNK
     pixels, taps = bytes_at(x, n * h * w * c * size), bytes_at(weights, side * side * k * pitch)
-    asked = *way_out, n, h, w, c, k, side, dtype, tile, exact, turned, relu_in
-    layout = f"2Q{4 + MOST_ADDS + 1}Qqq?7xqq?7x2i?7x4qq3i3?x"
+    asked = *way_out, n, h, w, c, k, side, dtype, tile, exact, turned, relu_in, sm80_loop
+    layout = f"2Q{4 + MOST_ADDS + 1}Qqq?7xqq?7x2i?7x4qq3i4?"
     if isinstance(plan, HopperPlan):
         box, part = (1, SM90_ROWS + side // 2 * 2, SM90_COLUMNS, SM90_SLICE), plan.outs // SM90_CLUSTER
         arguments = (
