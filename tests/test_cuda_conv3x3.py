@@ -145,12 +145,21 @@ def test_schedules_on_sm90a(check, way, completion):
 
 
 @by_every_loop
-@pytest.mark.parametrize(
-    "shape, k", [((1, 1, 1, 1), 1), ((3, 3, 1, 5), 2), ((2, 16, 5, 1), 21), ((1, 24, 7, 13), 8), ((70, 8, 1, 1), 8)]
-)
+@pytest.mark.parametrize("shape, k", [((1, 1, 1, 1), 1), ((3, 3, 1, 5), 2), ((2, 16, 5, 1), 21), ((1, 24, 7, 13), 8)])
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
 def test_odd_shapes_by_the_plan(check, shape, k, dtype):
     check((0, shape, k), dtype)
+
+
+@everywhere
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+def test_many_small_images(check, dtype):
+    check((0, (70, 8, 1, 1), 8), dtype)
+
+
+@on_hopper
+def test_more_images_than_blocks_on_sm90a(check):
+    check((0, (7, 8, 1, 1), 8))
 
 
 @by_every_loop

@@ -30,6 +30,13 @@ INSTANCES = {
     )
     + "}\n",
 }
+# By one cluster. 3x3: four tiles, the last one of pixels beyond the images, two slices of channels; operand A from
+# registers, and from shared memory. 1x1: more boxes than stages, while all tiles of weights have one.
+SM90_CASES = (
+    ((3, 72, 5, 3), 40, "first of an rcu", 9),
+    ((3, 72, 5, 3), 40, "gradient", 9),
+    ((1, 520, 1, 3), 24, "plain", 1),
+)
 SCHEDULES = (Schedule(32, 1, "late"), Schedule(128, 0, "early"), Schedule(32, 2, "shuffled"))
 
 
@@ -144,10 +151,10 @@ def finding(source: str, texts: dict[str, str]) -> str:
     for schedule in SCHEDULES:
         kernels = Emulated(schedule=schedule, tile=64, changed=texts)
         try:
-            if source == SM90:  # six tiles, the last one of pixels beyond the images, by one cluster; two slices
+            if source == SM90:
                 kernels = Emulated("sm_90a", schedule, tile=64, processors=2, changed=texts)
-                for way in ("first of an rcu", "gradient"):  # operand A from registers, and from shared memory
-                    error, limit = check_conv(kernels, (3, 72, 5, 3), 72, torch.bfloat16, way)
+                for shape, k, way, taps in SM90_CASES:
+                    error, limit = check_conv(kernels, shape, k, torch.bfloat16, way, taps=taps)
                     if error > limit:
                         break
             elif source == CONV:  # two images; both channels end within a tile
