@@ -29,9 +29,11 @@ PRODUCTS = {
 }
 INSTANCE = re.compile(
     r"(?P<kernel>conv|grad)_kernelINS0_\d+(?P<arithmetic>[BFT]\w+?)ENS0_\d+(?P<way_in>Unchanged|Rectified)"
-    r"ENS0_\d+Copy(?P<copy>Chunks|Elements)ELi(?P<tile>\d+)E"
+    r"ENS0_\d+Copy(?P<copy>Chunks|Pieces)ELi(?P<tile>\d+)E"
 )
-INSTANCES = 24 + 22  # of the convolution and of the weight gradient, which has no large tiles of three products
+POOL_INSTANCE = re.compile(r"(?P<kernel>pool)_kernelINS0_\d+(?P<arithmetic>[BFT]\w+?)ELi(?P<side>\d)ELi(?P<tile>\d+)E")
+# Of the convolution, of the one that pools and of the weight gradient; these have no large tiles of three products.
+INSTANCES = 24 + 14 + 22
 
 
 @dataclass(frozen=True)
@@ -47,9 +49,15 @@ class Code:
     memory: int  # bytes of stack and local memory
     sass: tuple[str, ...]
     loop: tuple[str, ...]  # the main one
+    side: int = 0  # of a convolution that pools, of taps; of others 0
 
     def __str__(self) -> str:
-        return f"{self.kernel} {self.arithmetic} {self.way_in} {self.copy} {self.tile}"
+        return " ".join(map(str, (self.kernel, self.arithmetic, self.way_in, self.copy, self.side or "", self.tile)))
+
+    @property
+    def edge(self) -> int:
+        """Of the square of sums that a warp has."""
+        return min(self.tile, 128) // 2
 
     def count(self, *names: str, loop: bool = False) -> int:
         """How many instructions' names begin with one of these."""
@@ -68,11 +76,13 @@ def read(arch: str) -> list[Code]:
     found = []
     for body in bodies:
         name = body.split(maxsplit=1)[0]
-        if instance := INSTANCE.search(name):
+        if instance := INSTANCE.search(name) or POOL_INSTANCE.search(name):
             registers, memory = usage(listing[listing.index(f"Function {name}:") :])
             instructions = instructions_of(body)
             texts = tuple(text for _, text in instructions)
-            fields = {**instance.groupdict(), "tile": int(instance["tile"])}
+            given = instance.groupdict()
+            fields = {"way_in": "Pooled", "copy": "Chunks", **given, "tile": int(given["tile"])}
+            fields["side"] = int(given.get("side", 0))
             code = Code(**fields, registers=registers, memory=memory, sass=texts, loop=tuple(main_loop(instructions)))
             found.append(code)
     return found
@@ -87,29 +97,41 @@ def no_spills(code: Code) -> list[str]:
 
 
 def multiplies_as_intended(code: Code) -> list[str]:
-    """One stage's products: two steps along the sum, of a quarter of the tile for each warp."""
+    """One stage's products: two steps along the sum, of a quarter of the tile for each warp; and those by ones."""
     name, each = PRODUCTS[code.arithmetic]
-    want = {name: 2 * (code.tile // 32) * (code.tile // 16) * each}
+    bias = 0 if code.kernel != "grad" else 2 if code.arithmetic.startswith("Tf32") else 1
+    want = {name: 2 * (code.edge // 16 * code.edge // 8 * each + code.tile // 64 * bias)}
     return [] if dict(code.tensor) == want else [f"multiplies by {dict(code.tensor)} in the main loop, not {want}"]
 
 
 def copies_ahead(code: Code) -> list[str]:
     """Behind the threads' backs, straight into shared memory."""
-    if code.copy == "Elements":
+    if code.copy == "Pieces":
         return []
     wide = sum(text.startswith("LDGSTS") and ".128" in text for text in code.loop)
     stores = code.count("STS", loop=True)
     loads = code.count("LDG.", loop=True)
+    if code.kernel == "pool":
+        return pools_in_place(code, wide)
     if wide == code.tile // 16 and not stores and not loads:
         return []
     return [f"{wide} LDGSTS, {stores} STS, {loads} LDG in the main loop"]
+
+
+def pools_in_place(code: Code, wide: int) -> list[str]:
+    """Each line of pixels is read once, its maxima are written once: 8 bytes at a time, along rows and columns."""
+    pooled = 8 + code.side - 1
+    raw = pooled + 4
+    want = code.tile // 32 + -(-raw * raw // 32), 2 * raw, 2 * pooled
+    found = wide, *(sum(re.match(rf"{name}\S*\.64", text) is not None for text in code.loop) for name in ("LDS", "STS"))
+    return [] if found == want else [f"{found} LDGSTS, LDS.64 and STS.64 in the main loop, not {want}"]
 
 
 def fragments_by_matrices(code: Code) -> list[str]:
     """All but those of float32 that would have to be transposed."""
     if code.kernel == "grad" and code.arithmetic.startswith("Tf32"):
         return []
-    want = 2 * (code.tile // 32 + code.tile // 32)
+    want = 2 * (2 * (code.edge // 16) + (code.tile // 64 if code.kernel == "grad" else 0))  # those of the bias again
     found = [text for text in code.loop if text.startswith("LDSM.16") and ".4 " in text]
     turned = sum(".MT88" in text for text in found)
     if len(found) != want or turned != (want if code.kernel == "grad" else 0):

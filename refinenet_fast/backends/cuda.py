@@ -15,6 +15,8 @@ from refinenet_fast.backends.configurations import architecture_of
 from refinenet_fast.backends.native import Native
 from refinenet_fast.backends.operands import (
     FUSES,
+    POOL_TOO,
+    POOLED_CHANNELS,
     check_weight,
     gradient_like,
     matched,
@@ -36,7 +38,7 @@ class Cuda(Native):
     device_type = "cuda"
     dtypes = (torch.float32, torch.float16, torch.bfloat16)
     proven = False
-    tile = 0  # pixels and channels of a block of the convolutions: 128 or 64; 0: by the sizes
+    tile = 0  # pixels and channels of a block of the convolutions: 128 or 64 (after a pool 256 or 64); 0: by the sizes
 
     def unavailable(self) -> str | None:
         if _native.missing is not None:
@@ -67,41 +69,48 @@ class Cuda(Native):
         self,
         x: Tensor,  # (N, C, H, W)
         k: int,
+        pool: bool = False,
     ) -> str | None:
-        """Why the vendor's convolution runs this and none of the kernels; None: a kernel does."""
+        """Why the vendor's convolution runs this and none of the kernels; None: a kernel does.
+
+        With ``pool``: why none of the kernels that pool on the way in.
+        """
         n, c, h, w = x.shape
-        return _native._C.cuda_refusal(n, h, w, c, k)
+        return _native._C.cuda_refusal(n, h, w, c, k, pool)
 
     def _processors(self, device: torch.device) -> int:
         return architecture_of(device).processors
 
     def fuses(self, x: Tensor, weight: Tensor, pack: bool) -> Fused:
-        return super().fuses(x, weight, pack) if self.refusal(x, weight.shape[0]) else FUSES
+        k = weight.shape[0]
+        if self.refusal(x, k):
+            return super().fuses(x, weight, pack)
+        return FUSES if k > POOLED_CHANNELS or self.refusal(x, k, pool=True) else POOL_TOO
 
     def _conv3x3(self, x: Tensor, weight: Tensor, way_in: WayIn, way_out: WayOut, pack: bool) -> Tensor:
         if self.refusal(x, weight.shape[0]):
             return super()._conv3x3(x, weight, way_in, way_out, pack)
-        return self._convolve(x, weight, way_in.relu, way_out)
+        return self._convolve(x, weight, way_in, way_out)
 
     def conv3x3_and_relu(
         self, x: Tensor, weight: Tensor, way_in: WayIn = PLAIN_IN, way_out: WayOut = PLAIN_OUT, pack: bool = False
     ) -> tuple[Tensor, Tensor]:
         if self.refusal(x, weight.shape[0]) or len(way_out.add + way_out.add_relu) > _native._C.CUDA_MOST_ADDS:
             return super().conv3x3_and_relu(x, weight, way_in, way_out, pack)
-        x, way_in = self._compose_in(x, way_in, FUSES.way_in)
+        x, way_in = self._compose_in(x, way_in, self.fuses(x, weight, pack).way_in)
         relued = empty_nhwc(x, (x.shape[0], weight.shape[0], *x.shape[2:]))
-        return self._convolve(x, weight, way_in.relu, way_out, relued=relued), relued
+        return self._convolve(x, weight, way_in, way_out, relued=relued), relued
 
     def conv3x3_input_grad(self, gy: Tensor, weight: Tensor, way_out: WayOut = PLAIN_OUT) -> Tensor:
         if self.refusal(gy, weight.shape[1]):
             return super().conv3x3_input_grad(gy, weight, way_out)
-        return self._convolve(gy, weight, False, way_out, rotated=True)
+        return self._convolve(gy, weight, PLAIN_IN, way_out, rotated=True)
 
     def _convolve(
         self,
         x: Tensor,  # (N, C, H, W)
         weight: Tensor,  # (K, C, R, R); (C, K, R, R) where rotated
-        relu_in: bool,
+        way_in: WayIn,
         way_out: WayOut,
         rotated: bool = False,
         relued: Tensor | None = None,  # (N, K, H, W), written
@@ -131,7 +140,8 @@ class Cuda(Native):
             DTYPES[x.dtype],
             not uses_tf32(x.dtype),
             rotated,
-            relu_in,
+            way_in.relu,
+            way_in.pool,
             self.tile,
         )
         return self.way_out(y, left)
@@ -140,14 +150,25 @@ class Cuda(Native):
         if self.refusal(x, weight.shape[0]):
             return super().conv3x3_weight_grad(x, gy, weight, way_in)
         x, way_in = self._compose_in(x, way_in, FUSES.way_in)
-        return as_weight(self._weight_gradient(x, gy, weight, way_in.relu), weight)
+        return as_weight(self._gradients(x, gy, weight, way_in.relu, None), weight)
 
-    def _weight_gradient(
+    def parameter_grads(
+        self, x: Tensor, gy: Tensor, weight: Tensor | None, bias: Tensor | None, way_in: WayIn = PLAIN_IN
+    ) -> tuple[Tensor | None, Tensor | None]:
+        if weight is None or bias is None or self.refusal(x, weight.shape[0]):
+            return super().parameter_grads(x, gy, weight, bias, way_in)
+        x, way_in = self._compose_in(x, way_in, FUSES.way_in)
+        gb = torch.empty(bias.shape, dtype=torch.float32, device=bias.device)
+        gw = self._gradients(x, gy, weight, way_in.relu, gb)
+        return as_weight(gw, weight), gb.to(bias.dtype)
+
+    def _gradients(
         self,
         x: Tensor,  # (N, C, H, W)
         gy: Tensor,  # (N, K, H, W)
         weight: Tensor,  # (K, C, R, R)
         relu_in: bool,
+        gb: Tensor | None,  # (K,), the bias's, written
     ) -> Tensor:  # (K, C, R, R)
         x = self._take(x, "x")
         check_weight(weight, x, 1)
@@ -156,13 +177,13 @@ class Cuda(Native):
         gw = gradient_like(weight if weight.dtype in DTYPES else weight.to(torch.float32))
 
         def arguments(parts: Tensor | None, splits: int) -> tuple[object, ...]:
-            buffers = (pointer(x), pointer(gy), pointer(parts), pointer(gw))
+            buffers = (pointer(x), pointer(gy), pointer(parts), pointer(gw), pointer(gb))
             strides, sizes = (gw.stride(0), gw.stride(1), gw.stride(3)), (n, h, w, c, k)
             types = DTYPES[x.dtype], DTYPES[gw.dtype], not uses_tf32(x.dtype)
             return *buffers, strides, sizes, side, splits, *types, relu_in, self.tile
 
-        splits = _native._C.cuda_plan_weight_grad(*arguments(None, 0), self._processors(x.device))[-1]
-        parts = torch.empty((splits, k, side * side, c), dtype=torch.float32, device=x.device)
+        *_, splits, _, room = _native._C.cuda_plan_weight_grad(*arguments(None, 0), self._processors(x.device))
+        parts = torch.empty(room, dtype=torch.float32, device=x.device)
         self._call("weight_grad", x, *arguments(parts, splits))
         return gw
 

@@ -1,4 +1,4 @@
-"""Launches of the CUDA backend's convolution and weight gradient: the host code of csrc/cuda/{conv3x3,weight_grad}.cu.
+"""Launches of the CUDA backend's products: the host code of csrc/cuda/{conv3x3,pool_conv3x3,weight_grad}.cu.
 
 What they are made of, tiles, blocks and shared memory, comes from ``csrc/cuda/plan.h`` itself.
 """
@@ -14,7 +14,7 @@ import numpy as np
 from emulator.launch import Struct
 
 THREADS, SUM_THREADS = 128, 256  # kProductThreads, kThreads
-MOST_ADDS = 8
+MOST_ADDS, TILE_EDGE = 8, 8  # kMostAdds, kTileEdge
 CHUNK = 16
 # By the numbers of DType in csrc/common/arguments.h: bytes of an element; its name, and its arithmetic's, as mangled.
 SIZES = {0: 4, 1: 2, 2: 2}
@@ -26,10 +26,12 @@ class Plan(NamedTuple):
     """As csrc/cuda/plan.h has it."""
 
     tile: int
-    whole_chunks: bool
+    piece: int
     blocks: int
     shared: int
     splits: int
+    shares: int
+    parts: int
 
 
 class Launch(NamedTuple):
@@ -54,12 +56,15 @@ def divider(by: int) -> tuple[int, int, int]:
     return by, -(-(1 << 31 + bits) // by), 31 + bits
 
 
+def product_of(dtype: int, exact: bool) -> str:
+    return PRODUCTS[dtype, exact] if dtype == 0 else PRODUCTS[dtype]
+
+
 def name_of(kernel: str, plan: Plan, dtype: int, exact: bool, relu_in: bool) -> str:
     """Of an instance, as it is mangled."""
-    product = PRODUCTS[dtype, exact] if dtype == 0 else PRODUCTS[dtype]
     way_in = "9Rectified" if relu_in else "9Unchanged"
-    copy = "10CopyChunks" if plan.whole_chunks else "12CopyElements"
-    return f"{kernel}INS0_{product}ENS0_{way_in}ENS0_{copy}ELi{plan.tile}E"
+    copy = "10CopyChunks" if plan.piece == CHUNK else "10CopyPieces"
+    return f"{kernel}INS0_{product_of(dtype, exact)}ENS0_{way_in}ENS0_{copy}ELi{plan.tile}E"
 
 
 def convolution(
@@ -83,6 +88,7 @@ def convolution(
     exact: bool,
     turned: bool,
     relu_in: bool,
+    pool_in: bool,
     tile: int,
 ) -> list[Launch]:
     """Of ``_C.cuda_conv3x3``."""
@@ -95,15 +101,20 @@ def convolution(
         *(*adds, *[0] * (MOST_ADDS - len(adds)), bytes_at(low, n * low_h * low_w * k * size)),
         *(low_h, h, corners, low_w, w, corners, len(adds), raw_adds, relu_out),
     )
+    whole_out = k * size % CHUNK == 0 and not any(m % CHUNK for m in maps)
+    down, across = (-(-h // TILE_EDGE), -(-w // TILE_EDGE)) if pool_in else (h, w)
     pitch = -(-c * size // CHUNK) * CHUNK
     request = Struct(
-        f"2Q{4 + MOST_ADDS + 1}Qqq?7xqq?7x2i?7x4qq3i3?xIIIIII?7x",
+        f"2Q{4 + MOST_ADDS + 1}Qqq?7xqq?7x2i?7x4qq3i4?IIIIII?3xi",
         (
             *(bytes_at(x, n * h * w * c * size), bytes_at(weights, side * side * k * pitch)),
-            *(*way_out, n, h, w, c, k, side, dtype, tile, exact, turned, relu_in),
-            *(*divider(h), *divider(w), k * size % CHUNK == 0 and not any(m % CHUNK for m in maps)),
+            *(*way_out, n, h, w, c, k, side, dtype, tile, exact, turned, relu_in, pool_in),
+            *(*divider(down), *divider(across), whole_out, plan.piece),
         ),
     )
+    if pool_in:
+        name = f"pool_kernelINS0_{product_of(dtype, exact)}ELi{side}ELi{plan.tile}E"
+        return [Launch("cuda/pool_conv3x3.cu", name, plan.blocks, THREADS, plan.shared, request)]
     name = name_of("conv_kernel", plan, dtype, exact, relu_in)
     return [Launch("cuda/conv3x3.cu", name, plan.blocks, THREADS, plan.shared, request)]
 
@@ -114,6 +125,7 @@ def weight_gradient(
     gy: int,
     parts: int,
     gw: int,
+    gb: int,
     strides: tuple[int, int, int],
     sizes: tuple[int, int, int, int, int],
     side: int,
@@ -128,16 +140,17 @@ def weight_gradient(
     (n, h, w, c, k), size, elements = sizes, SIZES[dtype], side * side * sizes[3] * sizes[4]
     pixels = n * h * w
     request = Struct(
-        "4Q3q4qq5i2?2xIIIIIIi4x",
+        "5Q3q4qq5i2?2xIIIIIIiii4x",
         (
             *(bytes_at(x, pixels * c * size), bytes_at(gy, pixels * k * size)),
-            *(bytes_at(parts, splits * elements * 4), bytes_at(gw, elements * SIZES[gw_dtype])),
+            *(bytes_at(parts, plan.parts * 4), bytes_at(gw, elements * SIZES[gw_dtype])),
+            bytes_at(gb, k * 4),
             *(*strides, n, h, w, c, k, side, splits, dtype, gw_dtype, tile, exact, relu_in),
-            *(*divider(h), *divider(w), splits),
+            *(*divider(h), *divider(w), splits, plan.shares, plan.piece),
         ),
     )
     name = name_of("grad_kernel", plan, dtype, exact, relu_in)
-    total = -(-elements // SUM_THREADS)
+    total = -(-(elements + (k if gb else 0)) // SUM_THREADS)
     return [
         Launch("cuda/weight_grad.cu", name, plan.blocks, THREADS, plan.shared, request),
         Launch("cuda/weight_grad.cu", f"sum_kernelI{ELEMENTS[gw_dtype]}E", total, SUM_THREADS, 0, request),
