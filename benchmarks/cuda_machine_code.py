@@ -31,9 +31,11 @@ PRODUCTS = {
 WARPGROUP = {"BFloat16": "HGMMA.64x{}x16.F32.BF16", "Float16": "HGMMA.64x{}x16.F32"}
 INSTANCE = re.compile(
     r"(?P<kernel>conv|grad|wgmma)_kernelINS0_\d+(?P<arithmetic>[BFT]\w+?)ENS0_\d+(?P<way_in>Unchanged|Rectified)"
-    r"E(?:NS0_\d+Copy(?P<copy>Chunks|Elements)E)?Li(?P<tile>\d+)E"
+    r"E(?:NS0_\d+Copy(?P<copy>Chunks|Pieces)E)?Li(?P<tile>\d+)E"
 )
-INSTANCES = 24 + 22  # of the convolution and of the weight gradient, which has no large tiles of three products
+POOL_INSTANCE = re.compile(r"(?P<kernel>pool)_kernelINS0_\d+(?P<arithmetic>[BFT]\w+?)ELi(?P<side>\d)ELi(?P<tile>\d+)E")
+# Of the convolution, of the one that pools and of the weight gradient; these have no large tiles of three products.
+INSTANCES = 24 + 14 + 22
 HOPPER_INSTANCES = 12  # of the loop for sm_90a: two types, two ways in, three widths
 
 
@@ -50,9 +52,15 @@ class Code:
     memory: int  # bytes of stack and local memory
     sass: tuple[str, ...]
     loop: tuple[str, ...]  # the main one
+    side: int = 0  # of a convolution that pools, of taps; of others 0
 
     def __str__(self) -> str:
-        return f"{self.kernel} {self.arithmetic} {self.way_in} {self.copy} {self.tile}"
+        return " ".join(map(str, (self.kernel, self.arithmetic, self.way_in, self.copy, self.side or "", self.tile)))
+
+    @property
+    def edge(self) -> int:
+        """Of the square of sums that a warp has."""
+        return min(self.tile, 128) // 2
 
     def count(self, *names: str, loop: bool = False) -> int:
         """How many instructions' names begin with one of these."""
@@ -71,11 +79,13 @@ def read(arch: str) -> list[Code]:
     found = []
     for body in bodies:
         name = body.split(maxsplit=1)[0]
-        if instance := INSTANCE.search(name):
+        if instance := INSTANCE.search(name) or POOL_INSTANCE.search(name):
             registers, memory = usage(listing[listing.index(f"Function {name}:") :])
             instructions = instructions_of(body)
             texts = tuple(text for _, text in instructions)
-            fields = {**instance.groupdict(""), "tile": int(instance["tile"])}
+            given = instance.groupdict("")
+            fields = {"way_in": "Pooled", "copy": "Chunks", **given, "tile": int(given["tile"])}
+            fields["side"] = int(given.get("side", 0))
             code = Code(**fields, registers=registers, memory=memory, sass=texts, loop=tuple(main_loop(instructions)))
             found.append(code)
     return found
@@ -90,18 +100,22 @@ def no_spills(code: Code) -> list[str]:
 
 
 def multiplies_as_intended(code: Code) -> list[str]:
-    """One stage's products: two steps along the sum, of a quarter of the tile for each warp; on sm_90a four steps."""
+    """One stage's products: two steps along the sum, of a quarter of the tile for each warp; and those by ones.
+
+    On sm_90a four steps, of the whole tile.
+    """
     if code.kernel == "wgmma":
         want = {WARPGROUP[code.arithmetic].format(code.tile): 4}
         return [] if dict(code.tensor) == want else [f"multiplies by {dict(code.tensor)} in the main loop, not {want}"]
     name, each = PRODUCTS[code.arithmetic]
-    want = {name: 2 * (code.tile // 32) * (code.tile // 16) * each}
+    bias = 0 if code.kernel != "grad" else 2 if code.arithmetic.startswith("Tf32") else 1
+    want = {name: 2 * (code.edge // 16 * code.edge // 8 * each + code.tile // 64 * bias)}
     return [] if dict(code.tensor) == want else [f"multiplies by {dict(code.tensor)} in the main loop, not {want}"]
 
 
 def copies_ahead(code: Code) -> list[str]:
     """Behind the threads' backs, straight into shared memory; on sm_90a by another warp."""
-    if code.copy == "Elements":
+    if code.copy == "Pieces":
         return []
     if code.kernel == "wgmma":
         moved = code.count("STS", "LDG", "LDS.", "UTMALDG", loop=True)
@@ -110,9 +124,20 @@ def copies_ahead(code: Code) -> list[str]:
     wide = sum(text.startswith("LDGSTS") and ".128" in text for text in code.loop)
     stores = code.count("STS", loop=True)
     loads = code.count("LDG.", loop=True)
+    if code.kernel == "pool":
+        return pools_in_place(code, wide)
     if wide == code.tile // 16 and not stores and not loads:
         return []
     return [f"{wide} LDGSTS, {stores} STS, {loads} LDG in the main loop"]
+
+
+def pools_in_place(code: Code, wide: int) -> list[str]:
+    """Each line of pixels is read once, its maxima are written once: 8 bytes at a time, along rows and columns."""
+    pooled = 8 + code.side - 1
+    raw = pooled + 4
+    want = code.tile // 32 + -(-raw * raw // 32), 2 * raw, 2 * pooled
+    found = wide, *(sum(re.match(rf"{name}\S*\.64", text) is not None for text in code.loop) for name in ("LDS", "STS"))
+    return [] if found == want else [f"{found} LDGSTS, LDS.64 and STS.64 in the main loop, not {want}"]
 
 
 def fragments_by_matrices(code: Code) -> list[str]:
@@ -122,7 +147,7 @@ def fragments_by_matrices(code: Code) -> list[str]:
         return [] if found == (4 if code.way_in == "Rectified" else 0) else [f"{found} LDSM in the main loop"]
     if code.kernel == "grad" and code.arithmetic.startswith("Tf32"):
         return []
-    want = 2 * (code.tile // 32 + code.tile // 32)
+    want = 2 * (2 * (code.edge // 16) + (code.tile // 64 if code.kernel == "grad" else 0))  # those of the bias again
     found = [text for text in code.loop if text.startswith("LDSM.16") and ".4 " in text]
     turned = sum(".MT88" in text for text in found)
     if len(found) != want or turned != (want if code.kernel == "grad" else 0):

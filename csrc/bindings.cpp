@@ -99,7 +99,7 @@ cuda::PackedConvolution packed_convolution(Address x, Address weights, Address y
                                            Address select, const std::vector<Address>& add, int raw_adds, Address low,
                                            int64_t low_h, int64_t low_w, bool align_corners, bool relu_out,
                                            const Sizes& sizes, int side, int dtype, bool exact, bool turned,
-                                           bool relu_in, int tile, bool sm80_loop) {
+                                          bool relu_in, bool pool_in, int tile, bool sm80_loop) {
   const auto [n, h, w, c, k] = sizes;
   if (add.size() > cuda::kMostAdds) throw py::value_error("add: expected 8 tensors at most");
   cuda::WayOut out{};
@@ -114,11 +114,11 @@ cuda::PackedConvolution packed_convolution(Address x, Address weights, Address y
   out.adds = static_cast<int>(add.size());
   out.raw_adds = raw_adds;
   out.relu = relu_out;
-  return {at<void>(x), at<void>(weights), out,      {n, h, w, c}, k, side, DType(dtype), tile, exact,
-          turned,      relu_in,           sm80_loop};
+  return {at<void>(x), at<void>(weights), out,     {n, h, w, c}, k, side, DType(dtype), tile, exact,
+          turned,      relu_in,           pool_in, sm80_loop};
 }
 
-cuda::PackedWeightGrad packed_weight_grad(Address x, Address gy, Address parts, Address gw,
+cuda::PackedWeightGrad packed_weight_grad(Address x, Address gy, Address parts, Address gw, Address gb,
                                           const std::array<int64_t, 3>& strides, const Sizes& sizes, int side,
                                           int splits, int dtype, int gw_dtype, bool exact, bool relu_in, int tile) {
   const auto [n, h, w, c, k] = sizes;
@@ -127,6 +127,7 @@ cuda::PackedWeightGrad packed_weight_grad(Address x, Address gy, Address parts, 
           at<void>(gy),
           at<float>(parts),
           at<void>(gw),
+          at<float>(gb),
           {along_k, along_c, along_taps},
           {n, h, w, c},
           k,
@@ -200,7 +201,8 @@ template <class Arguments, class... Flat>
 void define_product(py::module_& m, const std::string& name, Arguments (*from)(Flat...)) {
   m.def(("cuda_plan_" + name).c_str(), [from](Flat... flat, int processors) {
     const cuda::Plan chosen = cuda::plan(from(flat...), processors);
-    return py::make_tuple(chosen.tile, chosen.whole_chunks, chosen.blocks, chosen.shared_bytes, chosen.splits);
+    return py::make_tuple(chosen.tile, chosen.piece, chosen.blocks, chosen.shared_bytes, chosen.splits, chosen.shares,
+                          chosen.parts);
   });
 #ifdef REFINENET_FAST_WITH_CUDA
   m.def(("cuda_" + name).c_str(),
@@ -249,8 +251,9 @@ PYBIND11_MODULE(_C, m) {
   define_product(m, "conv3x3", packed_convolution);
   define_product(m, "weight_grad", packed_weight_grad);
   define_plan_sm90(m, "conv3x3", packed_convolution);
-  m.def("cuda_refusal",
-        [](int64_t n, int64_t h, int64_t w, int64_t c, int64_t k) { return cuda::refusal({n, h, w, c}, k); });
+  m.def("cuda_refusal", [](int64_t n, int64_t h, int64_t w, int64_t c, int64_t k, bool pool_in) {
+    return cuda::refusal({n, h, w, c}, k, pool_in);
+  });
   m.attr("CUDA_MOST_ADDS") = cuda::kMostAdds;
   m.def("cpu_convolve", convolve, py::call_guard<py::gil_scoped_release>());
   m.def("cpu_weight_grad", weight_grad, py::call_guard<py::gil_scoped_release>());

@@ -30,6 +30,7 @@ def test_the_list_names_every_backend_and_gives_reasons():
     for info in listed.values():
         assert info.available or info.reason, f"{info.name} is not available, and no reason is given"
         assert info.proven or info.reason, f"{info.name} is unproven, and it is not said"
+    assert any("16 bytes" in limit for limit in listed["cuda"].limits), "what the fast loop cannot take is said"
 
 
 def test_the_compiled_core_is_there():

@@ -152,9 +152,11 @@ def test_odd_shapes_by_the_plan(check, shape, k, dtype):
 
 
 @everywhere
-@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
-def test_many_small_images(check, dtype):
-    check((0, (70, 8, 1, 1), 8), dtype)
+@pytest.mark.parametrize("c", [4, 12, 18])
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+def test_channels_that_are_not_whole_chunks(check, c, dtype):
+    """Copied in pieces of 8 bytes, and of 4."""
+    check((0, (2, c, 5, 7), 20), dtype)
 
 
 @on_hopper
@@ -163,8 +165,10 @@ def test_more_images_than_blocks_on_sm90a(check):
 
 
 @by_every_loop
-def test_memory_that_is_not_aligned(executor):
-    """Every tensor begins 2 bytes behind a multiple of 16, or 4 before one. Sums are exact: any loop may make them."""
+@pytest.mark.parametrize("by", [1, 2, 4], ids=lambda by: f"{2 * by} bytes")
+def test_memory_that_is_not_aligned(executor, by):
+    """Every tensor begins that far behind a multiple of 16, or 4 bytes before one. Sums are exact: any loop may make
+    them."""
     data, kernels = Data(BF16, executor.device, integers=True), executor.kernels()
 
     def moved(t: torch.Tensor, by: int) -> torch.Tensor:  # (N, C, H, W)
@@ -173,8 +177,8 @@ def test_memory_that_is_not_aligned(executor):
         assert room.data_ptr() % 16 == 2 * by
         return room.view(n, h, w, c).permute(0, 3, 1, 2).copy_(t)
 
-    x, low, weight = moved(data(1, 16, 5, 7), 1), moved(data(1, 24, 3, 4, salt=1), 1), data.weight(24, 16, 3, salt=2)
-    add, mask = moved(data(1, 24, 5, 7, salt=3), 6), moved(data(1, 24, 5, 7, salt=4), 1)
+    x, low, weight = moved(data(1, 16, 5, 7), by), moved(data(1, 24, 3, 4, salt=1), by), data.weight(24, 16, 3, salt=2)
+    add, mask = moved(data(1, 24, 5, 7, salt=3), 6), moved(data(1, 24, 5, 7, salt=4), by)
     y = kernels.conv3x3(x, weight, WayIn(True), WayOut(select=mask, add=(add,), upsample=low))
     aligned = WayOut(select=mask.clone(), add=(add.clone(),), upsample=low.clone())
     assert torch.equal(y, kernels.conv3x3(x.clone(), weight, WayIn(True), aligned))
@@ -252,7 +256,7 @@ def test_what_cuda_says_comes_with_kernel_and_sizes():
     if not refinenet_fast.build_info()["cuda"]["built"]:
         pytest.skip("built without CUDA")
     core = _native._C
-    rest = ((), 0, 0, 1, 1, True, False), (3, 1, False, False, False, 0, False, 0, 0)
+    rest = ((), 0, 0, 1, 1, True, False), (3, 1, False, False, False, False, 0, False, 0, 0)
     asked = "CUDA kernel conv3x3 on (N, H, W, C) = (0, 3, 5, 8), K = 4: invalid argument"
     with pytest.raises(RuntimeError, match=re.escape(asked)):
         core.cuda_conv3x3(*[0] * 6, *rest[0], (0, 3, 5, 8, 4), *rest[1])

@@ -41,7 +41,7 @@ def test_what_is_wrong_is_seen():
     assert text.startswith("multiplies by {'HMMA.16816.F32.BF16': 64}")
     stored = replace(code, loop=(*code.loop, "STS.128 [R1], R4"))
     assert mc.copies_ahead(stored) == ["8 LDGSTS, 1 STS, 0 LDG in the main loop"]
-    assert mc.fragments_by_matrices(replace(code, kernel="grad")) == ["16 LDSM, 0 transposed, of 16"]
+    assert mc.fragments_by_matrices(replace(code, kernel="grad")) == ["16 LDSM, 0 transposed, of 20"]
     promoted = tuple(text.replace("HMNMX2", "FMNMX") for text in code.loop)
     assert mc.relu_is_native(replace(code, loop=promoted))[0].startswith("a 16-bit ReLU in float32")
 
@@ -55,3 +55,6 @@ def test_what_is_wrong_on_sm90a_is_seen():
     assert mc.multiplies_as_intended(replace(code, tile=128))[0].startswith("multiplies by {'HGMMA.64x256x16.F32.BF16'")
     stored = replace(code, loop=(*code.loop, "STS.128 [R1], R4"))
     assert mc.copies_ahead(stored)[0].startswith("1 copies in the main loop")
+    pool = one(kernel="pool", arithmetic="BFloat16", side=1, tile=256)
+    again = replace(pool, loop=(*pool.loop, "LDS.64 R2, [R4]"))
+    assert mc.copies_ahead(again) == ["(13, 25, 16) LDGSTS, LDS.64 and STS.64 in the main loop, not (13, 24, 16)"]

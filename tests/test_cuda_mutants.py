@@ -1,4 +1,4 @@
-"""Bugs planted in the CUDA backend's convolution and weight gradient: the emulator, or the result, has to show each."""
+"""Bugs planted in the CUDA backend's convolutions and weight gradient: the emulator or the result has to show each."""
 
 from __future__ import annotations
 
@@ -14,13 +14,12 @@ from emulator.compilers import CSRC, nvcc
 from triton_cases import check_conv, check_grads
 
 pytestmark = pytest.mark.skipif(not nvcc() or not CSRC.exists(), reason="needs an nvcc, and the sources")
-CONV, GRAD, RING, INDEX, WAY_OUT = (
-    f"cuda/{name}" for name in ("conv3x3.cu", "weight_grad.cu", "ring.h", "index.h", "way_out.h")
-)
-SM90 = "cuda/conv3x3_sm90.cu"
+CONV, POOL, GRAD, SM90 = (f"cuda/{name}.cu" for name in ("conv3x3", "pool_conv3x3", "weight_grad", "conv3x3_sm90"))
+TILE, POOLED, RING, INDEX, WAY_OUT = (f"cuda/{name}.h" for name in ("tile", "pooled_tile", "ring", "index", "way_out"))
 # In place of what chooses among all the instances: the ones that are run here.
 INSTANCES = {
     CONV: "template __global__ void conv_kernel<BFloat16, Rectified, CopyChunks, kSmall>(Request);\n",
+    POOL: "template __global__ void pool_kernel<BFloat16, 3, kSmall>(Request);\n",
     GRAD: "template __global__ void grad_kernel<BFloat16, Rectified, CopyChunks, kSmall>(Request);\n"
     "template __global__ void sum_kernel<__nv_bfloat16>(Request);\n",
     SM90: "".join(
@@ -52,34 +51,33 @@ class Mutant(NamedTuple):
 
 
 BARRIER = "    __syncthreads();\n"
-LOAD = "    if (next < steps) load(ring + next % kStages * stage_bytes);\n"
-NEXT = "    const int next = step + kStages - 1;\n"
+LOAD = "    if (next < steps) load(ring + next % kDepth * stage_bytes);\n"
+NEXT = "    const int next = step + kDepth - 1;\n"
 MUTANTS = (
-    Mutant("no_wait", CONV, RING, "ptx::cp_async_wait<kStages - 2>();", "", "in flight|race"),
-    Mutant("waits_for_too_few", CONV, RING, "wait<kStages - 2>", "wait<kStages - 1>", "in flight|race"),
+    Mutant("no_wait", CONV, RING, "ptx::cp_async_wait<kDepth - 2>();", "", "in flight|race"),
+    Mutant("waits_for_too_few", CONV, RING, "wait<kDepth - 2>", "wait<kDepth - 1>", "in flight|race"),
     Mutant("no_barrier", CONV, RING, BARRIER, "", "race"),
     Mutant("no_barrier_weight_grad", GRAD, RING, BARRIER, "", "race"),
     Mutant("loads_before_the_barrier", CONV, RING, BARRIER + NEXT + LOAD, NEXT + LOAD + BARRIER, "race"),
-    Mutant("into_the_current_stage", GRAD, RING, "ring + next % kStages", "ring + step % kStages", "race|in flight"),
+    Mutant("into_the_current_stage", GRAD, RING, "ring + next % kDepth", "ring + step % kDepth", "race|in flight"),
     Mutant("no_empty_groups", CONV, RING, "ptx::cp_async_commit();  // of a stage, or of nothing",
            "if (next < steps) ptx::cp_async_commit();", "in flight|race"),
     Mutant("no_barrier_behind_the_ring", CONV, RING, "__syncthreads();  // the ring has been read", "", "race"),
-    Mutant("no_barrier_before_rows", CONV, CONV, "__syncthreads();  // rows are read", "// rows are read", "race"),
+    Mutant("no_barrier_before_rows", CONV, TILE, "__syncthreads();  // rows are read", "// rows are read", "race"),
     Mutant("right_border", CONV, INDEX, "column < w;", "column <= w;", "out of bounds|result"),
     Mutant("upper_border", GRAD, INDEX, "row >= 0 &&", "row >= -1 &&", "out of bounds|result"),
     Mutant("one_pixel_too_many", CONV, CONV, "inside_[i] = pixel < pixels ?", "inside_[i] = pixel <= pixels ?",
            "out of bounds|result"),
     Mutant("channels_of_the_next_pixel", CONV, INDEX, "left < 0 ? 0", "left < 0 ? lanes", "out of bounds|result"),
-    Mutant("stores_beyond_the_channels", CONV, CONV, "pixel >= pixels || channel >= k", "pixel >= pixels",
+    Mutant("stores_beyond_the_channels", CONV, TILE, "!place.inside || channel >= k", "!place.inside",
            "out of bounds|race|result|different values"),
-    Mutant("stores_beyond_the_pixels", CONV, CONV, "pixel >= pixels || channel >= k", "channel >= k", "out of bounds"),
-    Mutant("reads_unturned_chunks", CONV, CONV, "stage + narrow_chunk(pixel + m * 16 + lane % 16, chunk + lane / 16)",
-           "stage + (pixel + m * 16 + lane % 16) * kNarrowRow + (chunk + lane / 16) * 16", "result"),
+    Mutant("stores_beyond_the_pixels", CONV, TILE, "!place.inside || channel >= k", "channel >= k", "out of bounds"),
+    Mutant("reads_unturned_chunks", CONV, TILE, "narrow_chunk(row_of(pixel + m * 16 + lane % 16), chunk + lane / 16)",
+           "row_of(pixel + m * 16 + lane % 16) * kNarrowRow + (chunk + lane / 16) * 16", "result"),
     Mutant("other_halves", GRAD, GRAD, "chunk + lane / 16));\n", "chunk + (lane / 16 ^ 1)));\n", "result"),
     Mutant("transposed_taps", CONV, INDEX, "{tap / side - side / 2, tap % side - side / 2}",
            "{tap % side - side / 2, tap / side - side / 2}", "out of bounds|result"),
-    Mutant("first_split_left_out", GRAD, GRAD, "split = 0; split < request.splits", "split = 1; split < request.splits",
-           "result"),
+    Mutant("first_split_left_out", GRAD, GRAD, "i = 0; i < count", "i = 1; i < count", "result"),
     Mutant("bias_after_relu", CONV, WAY_OUT, "AddBias, Rectify,", "Rectify, AddBias,", "result"),
     Mutant("sm90_box_not_awaited_empty", SM90, SM90,
            "ptx::mbarrier_wait(shared_.box_empty(box_.stage), box_.phase ^ 1);", "",
@@ -127,6 +125,17 @@ MUTANTS = (
            "result"),
     Mutant("sm90_rows_read_at_once", SM90, SM90, "__syncwarp();  // rows are read", "// rows are read", "race"),
     Mutant("sm90_slice_not_awaited_read", SM90, SM90, "__syncwarp();  // the slice has been read", "", "race"),
+    Mutant("everyone_sums_the_bias", GRAD, GRAD, "p.gb ? part.share : -1", "p.gb ? 0 : -1", "result"),
+    Mutant("shares_of_the_bias_left_out", GRAD, GRAD, "request.splits * request.shares, p.k", "request.splits, p.k",
+           "result"),
+    Mutant("columns_before_rows_end", POOL, POOL, "__syncthreads();  // rows have become maxima", "", "race"),
+    Mutant("products_before_columns_end", POOL, POOL, "__syncthreads();  // columns have", "", "race"),
+    Mutant("one_slice_at_once", POOL, POOLED, "kSide == 1 ? 3 : 2;", "kSide == 1 ? 3 : 1;", "in flight|race"),
+    Mutant("halo_too_narrow", POOL, POOLED, "= kSide / 2 + kPoolRadius;", "= kSide / 2 + kPoolRadius - 1;", "result"),
+    Mutant("halo_beyond_the_image", POOL, POOLED, "at < size ? at :", "at <= size ? at :", "out of bounds|result"),
+    Mutant("windows_of_four", POOL, POOL, "one[i + 4]", "one[i + 3]", "result"),
+    Mutant("pooled_border", POOL, POOL, "if (!real) return {0, 0};", "", "result"),
+    Mutant("rows_of_the_next_tap", POOL, POOLED, "tap % kSide);", "(tap + 1) % kSide);", "result"),
     Mutant("odd_pitch", CONV, INDEX, "return tile + 8;", "return tile + 5;", "not aligned"),
 )  # fmt: skip
 
@@ -157,8 +166,9 @@ def finding(source: str, texts: dict[str, str]) -> str:
                     error, limit = check_conv(kernels, shape, k, torch.bfloat16, way, taps=taps)
                     if error > limit:
                         break
-            elif source == CONV:  # two images; both channels end within a tile
-                error, limit = check_conv(kernels, (2, 40, 5, 7), 24, torch.bfloat16, "first of an rcu")
+            elif source != GRAD:  # two images; both channels end within a tile
+                pool, shape = source == POOL, (1, 72, 3, 9) if source == POOL else (2, 40, 5, 7)
+                error, limit = check_conv(kernels, shape, 24, torch.bfloat16, "first of an rcu", pool=pool)
             else:
                 error, limit = check_grads(kernels, (2, 24, 5, 17), 40, torch.bfloat16)
         except EmulatorError as found:
@@ -176,6 +186,6 @@ def test_mutant(mutant):
     assert re.search(mutant.expect, said), f"expected {mutant.expect}, got {said or 'nothing'}"
 
 
-@pytest.mark.parametrize("source", [CONV, GRAD, SM90])
+@pytest.mark.parametrize("source", [CONV, POOL, GRAD, SM90])
 def test_nothing_is_said_of_the_kernels_themselves(source):
     assert finding(source, {source: reduced(source)}) == ""

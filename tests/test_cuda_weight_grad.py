@@ -8,7 +8,7 @@ import torch
 from emulator import Schedule
 from emulator.compilers import CSRC, nvcc, start
 from refinenet_fast import _native
-from refinenet_fast.testing import exact_float32
+from refinenet_fast.testing import Data, exact_float32
 from triton_cases import check_grads
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -90,9 +90,35 @@ def test_schedules(check, route, schedule):
 def test_splits_of_the_pixels(check, route):
     _, (n, c, h, w), k = route
     sizes = (n, h, w, c, k)
-    plan = _native._C.cuda_plan_weight_grad(0, 0, 0, 0, (0, 0, 0), sizes, 1, 0, 1, 1, False, True, route[0], 108)
-    assert plan[-1] > 2
+    plan = _native._C.cuda_plan_weight_grad(*[0] * 5, (0, 0, 0), sizes, 1, 0, 1, 1, False, True, route[0], 108)
+    assert plan[4] > 2
     check(route, taps=1)
+
+
+@everywhere
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+@pytest.mark.parametrize("route", [(64, (1, 72, 9, 17), 8), (128, (1, 136, 7, 19), 72)], ids=str)
+def test_blocks_that_take_turns_with_the_bias(check, route, dtype):
+    """Two tiles of input channels, five stages and more."""
+    check(route, dtype, taps=1)
+
+
+@everywhere
+def test_the_bias_alone(executor):
+    data, kernels = Data(BF16, executor.device), executor.kernels()
+    x, gy, weight, bias = data(1, 8, 5, 7), data(1, 8, 5, 7, salt=1), data.weight(8, 8, 3, salt=2), data(8, salt=3)
+    gw, gb = kernels.parameter_grads(x, gy, weight, bias)
+    none, alone = kernels.parameter_grads(x, gy, None, bias)
+    assert none is None and torch.equal(alone, gb) and gb.dtype == bias.dtype
+    assert torch.equal(kernels.parameter_grads(x, gy, weight, None)[0], gw)
+
+
+@everywhere
+@pytest.mark.parametrize("c, k", [(12, 20), (18, 6), (16, 18)], ids=str)
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+def test_channels_that_are_not_whole_chunks(check, c, k, dtype):
+    """Copied in pieces of 8 bytes, and of 4."""
+    check((0, (1, c, 5, 7), k), dtype)
 
 
 @everywhere

@@ -9,13 +9,18 @@ import pytest
 import torch
 
 import refinenet_fast
+from emulator.backend import Emulated
+from emulator.compilers import CSRC, nvcc
 from emulator.triton_backend import EmulatedTriton
 from refinenet_fast import RefineNetBlock, _native, backends
 from refinenet_fast.backends import engine, table
 from refinenet_fast.backends.configurations import H100, Configuration, Problem, choose
+from refinenet_fast.backends.cuda import TILES
 from refinenet_fast.backends.table import Question
+from refinenet_fast.testing import exact_float32
 
 SHAPE = (1, 16, 16, 32, 32, 9)
+needs_nvcc = pytest.mark.skipif(not nvcc() or not CSRC.exists(), reason="needs an nvcc, and the sources")
 needs_core = pytest.mark.skipif(_native._C is None, reason=str(_native.missing))
 
 
@@ -168,6 +173,40 @@ def test_thin_maps_do_not_take_a_squares_answer(folder):
     assert ask(1, 16, 16, 64, 64, 9) == ask(1, 13, 16, 64, 64, 9) == "square"
     assert ask(1, 2, 128, 64, 64, 9) is ask(256, 1, 1, 64, 64, 9) is ask(64, 2, 2, 64, 64, 9) is None
     assert ask(4, 8, 8, 64, 64, 9) == "square"
+
+
+@needs_nvcc
+@pytest.mark.parametrize("kernel", ["conv3x3", "pool_conv3x3", "weight_grad"])
+@pytest.mark.parametrize("dtype, c", [("bfloat16", 16), ("bfloat16", 12), ("float32", 8)])
+def test_what_the_cuda_backend_offers_runs(kernel, dtype, c):
+    """Tiles only that the kernels do not replace by others."""
+    with exact_float32():
+        trials = Emulated().trials(kernel, dtype, (1, 3, 5, c, 8, 9), torch.device("cpu"))
+        for _, run in trials:
+            run()
+    large = c == 16 or (c, kernel) == (8, "conv3x3")
+    assert [choice for choice, _ in trials[1:]] == [{"tile": tile} for tile in TILES[kernel][0 if large else 1 :]]
+
+
+@needs_core
+def test_the_cuda_backend_does_as_its_table_says(folder):
+    kernels, x, weight = Emulated(), torch.empty(1, 16, 5, 6, dtype=torch.bfloat16), torch.empty(8, 16, 3, 3)
+    pool = backends.WayIn(relu=True, pool=True)
+    assert kernels._tile("conv3x3", x, weight) == 0 and not kernels._is_vendors("conv3x3", x, weight)
+    assert kernels._pooled(x, weight, pool) == (x, pool)
+    for kernel, choice in (("conv3x3", {"tile": 64}), ("pool_conv3x3", "apart"), ("weight_grad", "vendor")):
+        table.write("sm_80", [row((1, 5, 6, 16, 8, 9), choice, f"cuda {kernel}")], {})
+    assert kernels._tile("conv3x3", x, weight) == 64 and kernels._is_vendors("weight_grad", x, weight)
+    pooled, way_in = kernels._pooled(x, weight, pool)
+    assert torch.equal(pooled, kernels.maxpool5(x, relu=True)[0]) and way_in == backends.WayIn()
+    for wrong in ({"tile": 3}, {}, "other"):
+        table.write("sm_80", [row((1, 5, 6, 16, 8, 9), wrong, "cuda conv3x3")], {})
+        assert kernels._tile("conv3x3", x, weight) == 0
+    table.write("sm_80", [row((1, 5, 6, 16, 8, 9), "vendor", "cuda conv3x3")], {})
+    assert kernels.fuses(x, weight, pack=False) == backends.base.BIAS_ONLY
+    kernels._call = None  # would fail
+    y = kernels.conv3x3(x.zero_(), weight.zero_(), way_out=backends.WayOut(relu=True))
+    assert torch.equal(y, torch.zeros(1, 8, 5, 6, dtype=torch.bfloat16))
 
 
 @needs_core

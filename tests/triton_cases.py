@@ -125,7 +125,7 @@ def check_grads(
     x, gy, weight, bias = data(*shape), data(n, k, h, w, salt=1), data.weight(k, c, size, salt=2), data(k, salt=3)
     weight = weight.contiguous() if contiguous else weight
     with poisoned():
-        gw, gb = kernels.conv3x3_weight_grad(x, gy, weight, WayIn(relu_in)), kernels.bias_grad(gy, bias)
+        gw, gb = kernels.parameter_grads(x, gy, weight, bias, WayIn(relu_in))
     assert gw.stride() == weight.stride() and gw.dtype == weight.dtype
 
     def plain(w: Tensor, b: Tensor) -> Tensor:

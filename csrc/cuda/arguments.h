@@ -21,7 +21,8 @@ struct WayOut {
   bool relu;
 };
 
-// The 3x3 (or 1x1) convolution of x, stride 1, zero padding 1 (or 0), after ReLU where `relu_in`; then the way out.
+// The 3x3 (or 1x1) convolution of x, stride 1, zero padding 1 (or 0), after ReLU where `relu_in` and a 5x5 max pool
+// where `pool_in`; then the way out.
 struct PackedConvolution {
   const void* x;        // [N, H, W, C]
   const void* weights;  // [TAPS, K, PITCH]; PITCH: C rounded up to whole chunks of 16 bytes, zeros behind it
@@ -30,20 +31,22 @@ struct PackedConvolution {
   int64_t k;    // output channels
   int side;     // 3 or 1
   DType dtype;  // of all but the bias
-  int tile;     // output channels of a block: 256 (sm_90a only), 128 or 64; 0: as the plan chooses
+  int tile;     // pixels and output channels of a block: 128 or 64; with a pool output channels only, 256 or 64, and on
+                // sm_90a output channels only, 256, 128 or 64; 0: as the plan chooses
   bool exact;   // float32 as three products of TF32, otherwise as one
   bool turned;  // taps from the last to the first: the input gradient
-  bool relu_in;
+  bool relu_in, pool_in;
   bool sm80_loop;  // also where that of sm_90a takes this
 };
 
-// The gradient of that convolution in its weight, summed over the pixels: `splits` sums first, then those in their
-// order.
+// The gradient of that convolution in its weight, and in its bias where `gb` is not null, summed over the pixels: parts
+// of the sums first, then those in their order.
 struct PackedWeightGrad {
   const void* x;       // [N, H, W, C], before the ReLU
   const void* gy;      // [N, H, W, K]
-  float* parts;        // [SPLITS, K, TAPS, C], written
+  float* parts;        // [SPLITS, K, TAPS, C], behind it for the bias [SPLITS, SHARES, K]; written
   void* gw;            // [K, C, TAPS], written
+  float* gb;           // [K] or null, written
   int64_t strides[3];  // of gw, in elements
   Shape shape;         // of x
   int64_t k;

@@ -8,6 +8,7 @@
 #include <cuda_fp16.h>
 
 #include "common/arguments.h"
+#include "cuda/ptx/maximum.h"
 #include "cuda/ptx/mma.h"
 
 namespace refinenet_fast::cuda {
@@ -27,15 +28,22 @@ struct BFloat16 {
   using Element = __nv_bfloat16;
   template <int kCount>
   using Operand = Fragment<kCount>;
+  static constexpr uint32_t kLowest = 0xff80ff80;  // -infinity, twice
 
-  // ReLU of both elements; NaN stays.
-  static __device__ __forceinline__ uint32_t relu(uint32_t pair) {
-    const __nv_bfloat162 positive =
-        __hmax2_nan(reinterpret_cast<const __nv_bfloat162&>(pair), __float2bfloat162_rn(0.0f));
-    return reinterpret_cast<const uint32_t&>(positive);
+  // The larger of both elements each; NaN stays.
+  static __device__ __forceinline__ uint32_t maximum(uint32_t a, uint32_t b) {
+    const __nv_bfloat162 larger =
+        __hmax2_nan(reinterpret_cast<const __nv_bfloat162&>(a), reinterpret_cast<const __nv_bfloat162&>(b));
+    return reinterpret_cast<const uint32_t&>(larger);
   }
+  static __device__ __forceinline__ uint32_t relu(uint32_t pair) { return maximum(pair, 0); }
   static __device__ __forceinline__ void multiply(float (&sum)[4], const Fragment<4>& a, const Fragment<2>& b) {
     ptx::mma_bf16(sum, a.raw, b.raw);
+  }
+  // sum += the rows of A, in each column: a product by ones.
+  static __device__ __forceinline__ void add_rows(float (&sum)[4], const uint32_t (&a)[4]) {
+    constexpr uint32_t kOnes[2] = {0x3f803f80, 0x3f803f80};
+    ptx::mma_bf16(sum, a, kOnes);
   }
 };
 
@@ -43,23 +51,55 @@ struct Float16 {
   using Element = __half;
   template <int kCount>
   using Operand = Fragment<kCount>;
+  static constexpr uint32_t kLowest = 0xfc00fc00;
 
-  static __device__ __forceinline__ uint32_t relu(uint32_t pair) {
-    const __half2 positive = __hmax2_nan(reinterpret_cast<const __half2&>(pair), __float2half2_rn(0.0f));
-    return reinterpret_cast<const uint32_t&>(positive);
+  static __device__ __forceinline__ uint32_t maximum(uint32_t a, uint32_t b) {
+    const __half2 larger = __hmax2_nan(reinterpret_cast<const __half2&>(a), reinterpret_cast<const __half2&>(b));
+    return reinterpret_cast<const uint32_t&>(larger);
   }
+  static __device__ __forceinline__ uint32_t relu(uint32_t pair) { return maximum(pair, 0); }
   static __device__ __forceinline__ void multiply(float (&sum)[4], const Fragment<4>& a, const Fragment<2>& b) {
     ptx::mma_f16(sum, a.raw, b.raw);
+  }
+  static __device__ __forceinline__ void add_rows(float (&sum)[4], const uint32_t (&a)[4]) {
+    constexpr uint32_t kOnes[2] = {0x3c003c00, 0x3c003c00};
+    ptx::mma_f16(sum, a, kOnes);
+  }
+};
+
+// float32 as the sum of two TF32 numbers, 22 bits of mantissa together.
+template <int kCount>
+struct HighAndLow {
+  uint32_t high[kCount], low[kCount];
+
+  __device__ __forceinline__ explicit HighAndLow(const uint32_t (&raw)[kCount]) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const float v = __uint_as_float(raw[i]);
+      high[i] = ptx::to_tf32(v);
+      low[i] = ptx::to_tf32(v - __uint_as_float(high[i]));
+    }
   }
 };
 
 // What both ways to multiply float32 share.
 struct Float32 {
   using Element = float;
+  static constexpr uint32_t kLowest = 0xff800000;
 
+  static __device__ __forceinline__ uint32_t maximum(uint32_t a, uint32_t b) {
+    return __float_as_uint(ptx::max_nan(__uint_as_float(a), __uint_as_float(b)));
+  }
   static __device__ __forceinline__ uint32_t relu(uint32_t bits) {
     const float v = __uint_as_float(bits);
     return v <= 0.0f ? 0 : bits;
+  }
+  // Not rounded, whatever the products are.
+  static __device__ __forceinline__ void add_rows(float (&sum)[4], const uint32_t (&raw)[4]) {
+    constexpr uint32_t kOnes[2] = {0x3f800000, 0x3f800000};
+    const HighAndLow<4> a(raw);
+    ptx::mma_tf32(sum, a.low, kOnes);
+    ptx::mma_tf32(sum, a.high, kOnes);
   }
 };
 
@@ -79,22 +119,12 @@ struct Tf32 : Float32 {
   }
 };
 
-// float32 as the sum of two TF32 numbers, 22 bits of mantissa together. Of the four products the least, below 2^-22 of
-// the largest, is left out; the others are summed from the smallest on.
+// Of the four products of two sums the least, below 2^-22 of the largest, is left out; the others are summed from the
+// smallest on.
 struct Tf32x3 : Float32 {
   template <int kCount>
-  struct Operand {
-    uint32_t high[kCount], low[kCount];
+  using Operand = HighAndLow<kCount>;
 
-    __device__ __forceinline__ explicit Operand(const uint32_t (&raw)[kCount]) {
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        const float v = __uint_as_float(raw[i]);
-        high[i] = ptx::to_tf32(v);
-        low[i] = ptx::to_tf32(v - __uint_as_float(high[i]));
-      }
-    }
-  };
   static __device__ __forceinline__ void multiply(float (&sum)[4], const Operand<4>& a, const Operand<2>& b) {
     ptx::mma_tf32(sum, a.low, b.high);
     ptx::mma_tf32(sum, a.high, b.low);

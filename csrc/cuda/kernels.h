@@ -11,6 +11,7 @@ int maxpool5_backward(const MaxPool5Backward&, int device, void* stream);
 int bilinear(const Bilinear&, int device, void* stream);
 int bilinear_backward(const BilinearBackward&, int device, void* stream);
 int conv3x3(const PackedConvolution&, int device, void* stream);
+int pool_conv3x3(const PackedConvolution&, int device, void* stream);  // with pool_in
 int weight_grad(const PackedWeightGrad&, int device, void* stream);
 
 // What plan_sm90.h says it takes; part of builds for sm_90a.

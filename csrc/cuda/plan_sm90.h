@@ -58,8 +58,8 @@ REFINENET_FAST_BOTH constexpr int64_t pixel_groups(const Shape& s) {
 
 // Tensor maps want rows of whole chunks at aligned addresses, and strides below 2^40 bytes.
 inline bool takes(const PackedConvolution& p, int capability) {
-  if (capability != kCapability || p.sm80_loop || p.dtype == DType::kFloat32) return false;
-  if (!whole_chunks(p.dtype, {p.shape.c}, {p.x, p.weights}) || !whole_out(p)) return false;
+  if (capability != kCapability || p.sm80_loop || p.pool_in || p.dtype == DType::kFloat32) return false;
+  if (piece_of(p.dtype, {p.shape.c}, {p.x, p.weights}) < kChunkBytes || !whole_out(p)) return false;
   const int64_t image = p.shape.h * p.shape.w * p.shape.c, tap = p.k * p.shape.c, most = int64_t{1} << 39;
   return image < most && tap < most && pixel_groups(p.shape) <= kMostCounted / kCluster / blocks_of<int64_t>(p.k, 64);
 }

@@ -15,15 +15,34 @@ namespace refinenet_fast::cuda {
 // Behind the thread's back: whole chunks of aligned memory, or none, which makes zeros. `from` may be anywhere then.
 struct CopyChunks {
   template <class T>
-  static __device__ __forceinline__ void copy(uint32_t to, const T* from, int lanes, const T* valid) {
+  static __device__ __forceinline__ void copy(uint32_t to, const T* from, int lanes, const T* valid, int /* piece */) {
     ptx::cp_async_16(to, lanes > 0 ? from : valid, lanes > 0 ? kChunkBytes : 0);
   }
 };
 
-// Through registers, element by element: any number of channels at any address.
-struct CopyElements {
+// In pieces of `piece` bytes, which divide a pixel and every address: of 8 or 4 behind the thread's back, else element
+// by element through registers.
+struct CopyPieces {
   template <class T>
-  static __device__ __forceinline__ void copy(uint32_t to, const T* from, int lanes, const T*) {
+  static __device__ __forceinline__ void copy(uint32_t to, const T* from, int lanes, const T* valid, int piece) {
+    if (piece == 8) return ahead<8>(to, from, lanes, valid);
+    if (piece == 4) return ahead<4>(to, from, lanes, valid);
+    if constexpr (sizeof(T) < 4) through_registers(to, from, lanes);
+  }
+
+ private:
+  template <int kPiece, class T>
+  static __device__ __forceinline__ void ahead(uint32_t to, const T* from, int lanes, const T* valid) {
+    constexpr int kLanes = kPiece / sizeof(T);
+#pragma unroll
+    for (int i = 0; i < kChunkBytes / kPiece; ++i) {
+      const bool given = i * kLanes < lanes;
+      ptx::cp_async_few<kPiece>(to + i * kPiece, given ? from + i * kLanes : valid, given ? kPiece : 0);
+    }
+  }
+
+  template <class T>
+  static __device__ __forceinline__ void through_registers(uint32_t to, const T* from, int lanes) {
     constexpr int kLanes = kChunkBytes / sizeof(T);
     union {
       uint4 bits;
@@ -38,26 +57,26 @@ struct CopyElements {
   }
 };
 
-// load(stage) for each of `steps` in turn, kStages - 1 steps ahead of multiply(stage). When it returns, no copy is on
+// load(stage) for each of `steps` in turn, kDepth - 1 steps ahead of multiply(stage). When it returns, no copy is on
 // its way and nobody reads the ring.
-template <class Load, class Multiply>
+template <int kDepth, class Load, class Multiply>
 __device__ __forceinline__ void through_ring(uint32_t ring, uint32_t stage_bytes, int steps, const Load& load,
                                              const Multiply& multiply) {
   // A group of copies for every step, an empty one where nothing is left to load: so waiting for all groups but the
-  // newest kStages - 2 always means waiting for the step's own.
+  // newest kDepth - 2 always means waiting for the step's own.
 #pragma unroll
-  for (int step = 0; step < kStages - 1; ++step) {
+  for (int step = 0; step < kDepth - 1; ++step) {
     if (step < steps) load(ring + step * stage_bytes);
     ptx::cp_async_commit();  // of a stage before the loop
   }
   for (int step = 0; step < steps; ++step) {
-    ptx::cp_async_wait<kStages - 2>();  // this thread's copies of the step
+    ptx::cp_async_wait<kDepth - 2>();  // this thread's copies of the step
     // Everyone's copies are there, and the stage that is loaded next has been read.
     __syncthreads();
-    const int next = step + kStages - 1;
-    if (next < steps) load(ring + next % kStages * stage_bytes);
+    const int next = step + kDepth - 1;
+    if (next < steps) load(ring + next % kDepth * stage_bytes);
     ptx::cp_async_commit();  // of a stage, or of nothing
-    multiply(ring + step % kStages * stage_bytes);
+    multiply(ring + step % kDepth * stage_bytes);
   }
   __syncthreads();  // the ring has been read
 }

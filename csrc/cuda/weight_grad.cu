@@ -4,6 +4,9 @@
 //
 // A block computes kTile output channels x kTile input channels of one tap over one split of the pixels; then the
 // splits are summed from the first to the last. The order is always the same, and there are no atomics.
+//
+// The bias's gradient, the sum of gy, is a product by ones. All blocks of one split that read the same channels of gy,
+// one for each tap and tile of input channels, take turns with it from stage to stage: so all take equally long.
 #include <type_traits>
 
 #include "cuda/arithmetic.h"
@@ -17,13 +20,17 @@ namespace {
 struct Request {
   PackedWeightGrad p;
   Divider h, w;
-  int32_t splits;
+  int32_t splits, shares, piece;  // as in the plan
 };
+
+// Of the weight.
+__device__ __forceinline__ int64_t elements_of(const PackedWeightGrad& p) { return p.k * p.side * p.side * p.shape.c; }
 
 // A block's part of the work.
 struct Part {
   int32_t first_out, first_channel, split;
   int32_t number;  // of the tap
+  int32_t share;   // of the bias's gradient
 };
 
 // Grid: tiles of input channels, taps, tiles of output channels, splits; the first is the fastest.
@@ -31,7 +38,7 @@ template <int kTile>
 __device__ __forceinline__ Part part_of(const PackedWeightGrad& p, int32_t block) {
   const int32_t across = blocks_of<int32_t>(p.shape.c, kTile), down = blocks_of<int32_t>(p.k, kTile);
   const int32_t taps = p.side * p.side, rest = block / across / taps;
-  return {rest % down * kTile, block % across * kTile, rest / down, block / across % taps};
+  return {rest % down * kTile, block % across * kTile, rest / down, block / across % taps, block % (across * taps)};
 }
 
 // Rows of a stage: one pixel each, of the gradient's channels first, then of the input's.
@@ -65,8 +72,8 @@ class Loader {
       const bool inside = there && reads_inside(pixel_at(pixel, request_.h, request_.w), tap_, h, w);
       const int64_t read = int64_t{pixel} + tap_.dy * w + tap_.dx;
       const uint32_t to = stage + wide_chunk<kRow>(row, chunk_);
-      Copy::copy(to, gy + int64_t{pixel} * k + out_, there ? outs : 0, gy);
-      Copy::copy(to + Stage<T, kTile>::kOperand, x + read * c + channel_, inside ? channels : 0, x);
+      Copy::copy(to, gy + int64_t{pixel} * k + out_, there ? outs : 0, gy, request_.piece);
+      Copy::copy(to + Stage<T, kTile>::kOperand, x + read * c + channel_, inside ? channels : 0, x, request_.piece);
     }
     pixel_ += Stage<T, kTile>::kPixels;
   }
@@ -143,6 +150,28 @@ __device__ __forceinline__ void multiply_stage(uint32_t stage, float (&sum)[kTil
   }
 }
 
+// The first of the output channels that a warp sums for the bias: a quarter of the tile's.
+template <int kTile>
+__device__ __forceinline__ uint32_t bias_channel() {
+  return threadIdx.x / 32 * (kTile / 4);
+}
+
+// sum += the gradients of one stage, in each of eight columns.
+template <class Math, int kTile>
+__device__ __forceinline__ void add_stage(uint32_t stage, float (&sum)[kTile / 64][4]) {
+  using T = typename Math::Element;
+  using Load = Transposed<T, Stage<T, kTile>::kRow>;
+#pragma unroll
+  for (int pixel = 0; pixel < Stage<T, kTile>::kPixels; pixel += Load::kPixels) {
+#pragma unroll
+    for (int m = 0; m < kTile / 64; ++m) {
+      uint32_t a[4];
+      Load::load_a(a, stage, pixel, bias_channel<kTile>() + m * 16);
+      Math::add_rows(sum[m], a);
+    }
+  }
+}
+
 // A block's sums into its split of [SPLITS, K, TAPS, C].
 template <int kTile>
 __device__ __forceinline__ void write(const PackedWeightGrad& p, const Part& part,
@@ -166,6 +195,22 @@ __device__ __forceinline__ void write(const PackedWeightGrad& p, const Part& par
   }
 }
 
+// And those of its share of the bias into [SPLITS, SHARES, K] behind them.
+template <int kTile>
+__device__ __forceinline__ void write_bias(const Request& request, const Part& part,
+                                           const float (&sum)[kTile / 64][4]) {
+  const PackedWeightGrad& p = request.p;
+  const int lane = threadIdx.x % 32;
+  if (!p.gb || lane % 4) return;  // other lanes have the same sums
+  const int32_t k = p.k, first_out = part.first_out + bias_channel<kTile>() + lane / 4;
+  float* row = p.parts + request.splits * elements_of(p) + (int64_t{part.split} * request.shares + part.share) * k;
+#pragma unroll
+  for (int m = 0; m < kTile / 64 * 2; ++m) {
+    const int32_t out = first_out + m * 8;
+    if (out < k) row[out] = sum[m / 2][m % 2 * 2];
+  }
+}
+
 template <class Math, class In, class Copy, int kTile>
 __global__ void __launch_bounds__(kProductThreads, kResident) grad_kernel(Request request) {
   using T = typename Math::Element;
@@ -177,33 +222,50 @@ __global__ void __launch_bounds__(kProductThreads, kResident) grad_kernel(Reques
   const int32_t begin = split_begin(stages, part.split, request.splits);
   const int32_t end = split_begin(stages, part.split + 1, request.splits);
 
-  float sum[kTile / 32][kTile / 16][4] = {};
+  float sum[kTile / 32][kTile / 16][4] = {}, bias[kTile / 64][4] = {};
+  int32_t until_bias = p.gb ? part.share : -1;  // stages
   Loader<T, Copy, kTile> loader(request, part, begin * kPixels);
-  through_ring(
+  through_ring<kStages>(
       ptx::shared_address(shared), 2 * Stage<T, kTile>::kOperand, end - begin,
       [&loader](uint32_t stage) { loader(stage); },
-      [&sum](uint32_t stage) { multiply_stage<Math, In, kTile>(stage, sum); });
+      [&](uint32_t stage) {
+        if (until_bias-- == 0) {
+          add_stage<Math, kTile>(stage, bias);
+          until_bias = request.shares - 1;
+        }
+        multiply_stage<Math, In, kTile>(stage, sum);
+      });
   write<kTile>(p, part, sum);
+  write_bias<kTile>(request, part, bias);
 }
 
-// One thread an element of the weight.
+// The sum of `count` numbers, `stride` apart, in their order.
+__device__ __forceinline__ float sum_of(const float* first, int32_t count, int64_t stride) {
+  float sum = 0.0f;
+  for (int32_t i = 0; i < count; ++i) sum += first[i * stride];
+  return sum;
+}
+
+// One thread an element of the weight, then of the bias.
 template <class T>
 __global__ void __launch_bounds__(kThreads) sum_kernel(Request request) {
   const PackedWeightGrad& p = request.p;
-  const int64_t taps = p.side * p.side, elements = p.k * taps * p.shape.c, element = thread_index();
-  if (element >= elements) return;
-  float sum = 0.0f;
-  for (int32_t split = 0; split < request.splits; ++split) sum += p.parts[split * elements + element];
-  int64_t index = element;
-  const int64_t channel = pop(&index, p.shape.c), tap = pop(&index, taps);
-  narrow(sum, static_cast<T*>(p.gw) + index * p.strides[0] + channel * p.strides[1] + tap * p.strides[2]);
+  const int64_t elements = elements_of(p), element = thread_index(), out = element - elements;
+  if (element < elements) {
+    int64_t index = element;
+    const int64_t channel = pop(&index, p.shape.c), tap = pop(&index, p.side * p.side);
+    const float sum = sum_of(p.parts + element, request.splits, elements);
+    narrow(sum, static_cast<T*>(p.gw) + index * p.strides[0] + channel * p.strides[1] + tap * p.strides[2]);
+  } else if (p.gb && out < p.k) {
+    p.gb[out] = sum_of(p.parts + request.splits * elements + out, request.splits * request.shares, p.k);
+  }
 }
 
 using Kernel = void (*)(Request);
 
 template <class Math, class In>
 Kernel kernel_of(const Plan& plan) {
-  if (!plan.whole_chunks) return grad_kernel<Math, In, CopyElements, kSmall>;
+  if (plan.piece != kChunkBytes) return grad_kernel<Math, In, CopyPieces, kSmall>;
   if constexpr (!std::is_same_v<Math, Tf32x3>) {
     if (plan.tile == kLarge) return grad_kernel<Math, In, CopyChunks, kLarge>;
   }
@@ -215,7 +277,7 @@ Kernel kernel_of(const PackedWeightGrad& p, const Plan& plan) {
   return p.relu_in ? kernel_of<Math, Rectified>(plan) : kernel_of<Math, Unchanged>(plan);
 }
 
-Kernel sum_of(DType dtype) {
+Kernel sum_kernel_of(DType dtype) {
   switch (dtype) {
     case DType::kBFloat16:
       return sum_kernel<__nv_bfloat16>;
@@ -233,11 +295,12 @@ int weight_grad(const PackedWeightGrad& p, int device, void* stream) {
   if (refusal(p.shape, p.k)) return cudaErrorInvalidValue;
   const Plan chosen = plan(p, 0);  // the splits are the caller's, who has room for that many
   const Kernel product = by_arithmetic(p, [&](auto math) { return kernel_of<decltype(math)>(p, chosen); });
-  const Request request{p, divider(p.shape.h), divider(p.shape.w), chosen.splits};
+  const Request request{p, divider(p.shape.h), divider(p.shape.w), chosen.splits, chosen.shares, chosen.piece};
   const int error =
       launch_blocks(product, request, chosen.blocks, kProductThreads, chosen.shared_bytes, device, stream);
   if (error) return error;
-  return launch(sum_of(p.gw_dtype), request, p.k * p.side * p.side * p.shape.c, device, stream);
+  const int64_t sums = p.k * p.side * p.side * p.shape.c + (p.gb ? p.k : 0);
+  return launch(sum_kernel_of(p.gw_dtype), request, sums, device, stream);
 }
 
 }  // namespace refinenet_fast::cuda

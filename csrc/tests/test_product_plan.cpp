@@ -1,23 +1,17 @@
 // Index functions and plans of the CUDA products, which are plain C++: against their definitions, at the ends of their
 // ranges too.
-#include <cstdio>
 #include <limits>
 #include <set>
 
 #include "cuda/plan_sm90.h"
+#include "plain_check.h"
 
 using namespace refinenet_fast;
 using namespace refinenet_fast::cuda;
+using refinenet_fast::test::check;
+using refinenet_fast::test::failures;
 
 namespace {
-
-int failures = 0;
-
-void check(bool ok, const char* what, int64_t a = 0, int64_t b = 0) {
-  if (ok) return;
-  ++failures;
-  std::printf("FAILED %s (%lld, %lld)\n", what, static_cast<long long>(a), static_cast<long long>(b));
-}
 
 void divisions() {
   const int32_t most = std::numeric_limits<int32_t>::max();
@@ -108,11 +102,16 @@ PackedConvolution convolution(const Shape& shape, int64_t k, uintptr_t x = 256) 
 
 void convolution_plans() {
   const Plan typical = plan(convolution({8, 128, 128, 256}, 256), 132);
-  check(typical.tile == kLarge && typical.whole_chunks && typical.blocks == 1024 * 2, "a large map", typical.blocks);
+  check(typical.tile == kLarge && typical.piece == 16 && typical.blocks == 1024 * 2, "a large map", typical.blocks);
   check(plan(convolution({1, 16, 16, 512}, 512), 132).tile == kSmall, "few tiles");
   check(plan(convolution({8, 128, 128, 256}, 21), 132).tile == kSmall, "few output channels");
-  for (const auto& odd : {convolution({8, 128, 128, 254}, 256), convolution({8, 128, 128, 256}, 256, 258)}) {
-    check(!plan(odd, 132).whole_chunks && plan(odd, 132).tile == kSmall, "not in whole chunks");
+  for (const int64_t c : {12, 18, 21}) {
+    const int piece = c == 12 ? 8 : c == 18 ? 4 : 2;
+    const Plan by_channels = plan(convolution({8, 128, 128, c}, 256), 132);
+    const Plan by_address = plan(convolution({8, 128, 128, 256}, 256, 256 + 2 * c), 132);
+    for (const Plan& odd : {by_channels, by_address}) {
+      check(odd.piece == piece && odd.tile == kSmall, "not in whole chunks", c, odd.piece);
+    }
   }
   check(typical.shared_bytes * kResident <= 163840, "two blocks on one multiprocessor of sm_80", typical.shared_bytes);
 }

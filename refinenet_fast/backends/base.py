@@ -73,6 +73,7 @@ class Backend(ABC):
 
     name: ClassVar[str]
     proven: ClassVar[bool] = True  # False: built, but never executed on its device, so `auto` does not pick it
+    limits: ClassVar[tuple[str, ...]] = ()  # "which shapes: what runs them instead of the fastest loop"
 
     @abstractmethod
     def unavailable(self) -> str | None:

@@ -46,12 +46,14 @@ class BackendInfo:
         available: Whether it can run at all on this machine.
         reason: Why it is not available, or why ``auto`` does not pick it; None where there is nothing to say.
         proven: Whether its kernels have been executed and found right; ``auto`` picks no other.
+        limits: "Which shapes: what runs them" for those that its fastest loop cannot take.
     """
 
     name: str
     available: bool
     reason: str | None
     proven: bool
+    limits: tuple[str, ...] = ()
 
 
 def list_backends() -> list[BackendInfo]:
@@ -62,7 +64,7 @@ def list_backends() -> list[BackendInfo]:
         note = reason
         if reason is None and not backend.proven:
             note = "unproven: never executed on its device; `auto` does not pick it"
-        rows.append(BackendInfo(backend.name, reason is None, note, backend.proven))
+        rows.append(BackendInfo(backend.name, reason is None, note, backend.proven, backend.limits))
     return rows
 
 

@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from refinenet_fast import _native
 from refinenet_fast._native import DTYPES, pointer
-from refinenet_fast.backends.base import PLAIN_IN, PLAIN_OUT, Fused, WayIn, WayOut, as_weight
+from refinenet_fast.backends.base import PLAIN_IN, PLAIN_OUT, Fused, VendorConv, WayIn, WayOut, as_weight
 from refinenet_fast.backends.checked import match
-from refinenet_fast.backends.configurations import architecture_of
+from refinenet_fast.backends.configurations import Architecture, architecture_of
 from refinenet_fast.backends.native import Native
 from refinenet_fast.backends.operands import (
     FUSES,
+    POOL_TOO,
+    POOLED_CHANNELS,
+    arithmetic,
     check_weight,
     gradient_like,
     matched,
     pack_weight,
     uses_tf32,
 )
-from refinenet_fast.layout import empty_nhwc
+from refinenet_fast.backends.table import Choice, Question, Shape, lookup
+from refinenet_fast.layout import empty_nhwc, nhwc
 
 CHUNK = 16  # bytes that are copied at once: rows of packed weights are whole ones
+# Output channels of a block, by kernel as the tables name it, the smallest last.
+TILES = {"conv3x3": (128, 64), "pool_conv3x3": (256, 64), "weight_grad": (128, 64)}
 
 
 class Cuda(Native):
@@ -36,7 +44,13 @@ class Cuda(Native):
     device_type = "cuda"
     dtypes = (torch.float32, torch.float16, torch.bfloat16)
     proven = False
-    tile = 0  # output channels of a block of the convolutions: 128, 64, or on sm_90a 256; 0: by the sizes
+    limits = (
+        "channels or addresses that 16 bytes do not divide: tiles of 64 channels, copies of 8 or 4 bytes or elements",
+        "more than 2^31 - 128 pixels, weights or blocks: the vendor's convolution",
+        f"a pool before more than {POOLED_CHANNELS} output channels: a kernel of its own",
+    )
+    # Pixels and channels of a block of the convolutions: 128 or 64; after a pool and on sm_90a, channels alone: 256, ...
+    tile = 0  # 0: by the sizes
     sm80_loop = False  # of 16-bit convolutions on Hopper too, for comparing
 
     def unavailable(self) -> str | None:
@@ -68,46 +82,117 @@ class Cuda(Native):
         self,
         x: Tensor,  # (N, C, H, W)
         k: int,
+        pool: bool = False,
     ) -> str | None:
-        """Why the vendor's convolution runs this and none of the kernels; None: a kernel does."""
-        n, c, h, w = x.shape
-        return _native._C.cuda_refusal(n, h, w, c, k)
+        """Why the vendor's convolution runs this and none of the kernels; None: a kernel does.
 
-    def _processors(self, device: torch.device) -> int:
-        return architecture_of(device).processors
+        With ``pool``: why none of the kernels that pool on the way in.
+        """
+        n, c, h, w = x.shape
+        return _native._C.cuda_refusal(n, h, w, c, k, pool)
+
+    def _architecture(self, device: torch.device) -> Architecture:
+        return architecture_of(device)
+
+    def _choice(self, kernel: str, x: Tensor, weight: Tensor, rotated: bool = False) -> Choice | None:
+        """What the tables say of one of :data:`TILES`: "vendor", "apart" (of a pool), or a tile."""
+        (n, c, h, w), k, taps = x.shape, weight.shape[1 if rotated else 0], weight.shape[2] * weight.shape[3]
+        family = self._architecture(x.device).family
+        return lookup(Question(family, f"cuda {kernel}", arithmetic(x.dtype), (n, h, w, c, k, taps)))
+
+    def _tile(self, kernel: str, x: Tensor, weight: Tensor, rotated: bool = False) -> int:
+        """Output channels of a block; 0 where neither anyone nor the tables say."""
+        choice = None if self.tile else self._choice(kernel, x, weight, rotated)
+        tile = choice.get("tile") if isinstance(choice, dict) else None
+        return tile if tile in TILES[kernel] else self.tile
+
+    def _is_vendors(self, kernel: str, x: Tensor, weight: Tensor, rotated: bool = False) -> bool:
+        if self.refusal(x, weight.shape[1 if rotated else 0]):
+            return True
+        return self._choice(kernel, x, weight, rotated) == "vendor"
+
+    def trials(
+        self, kernel: str, dtype: str, shape: Shape, device: torch.device
+    ) -> list[tuple[Choice, Callable[[], object]]]:
+        """A convolution is timed as it ends a residual conv unit: with a sum, its weights still to be packed."""
+        n, h, w, c, k, taps = shape
+        kind, side = getattr(torch, dtype.removeprefix("tf32 ")), 3 if taps == 9 else 1
+        x, gy = (nhwc(torch.randn(n, m, h, w, device=device, dtype=kind)) for m in (c, k))
+        weight, way_out = torch.randn(k, c, side, side, device=device, dtype=kind), WayOut(add=(gy,))
+
+        def own(tile: int) -> None:
+            if kernel == "weight_grad":
+                self._gradients(x, gy, weight, False, None, tile)
+            else:
+                self._convolve(x, weight, WayIn(pool=kernel == "pool_conv3x3"), way_out, tile=tile)
+
+        def others() -> None:
+            if kernel == "weight_grad":
+                VendorConv._conv3x3_weight_grad(self, x, gy, weight)
+            elif kernel == "pool_conv3x3":
+                self._convolve(self.maxpool5(x)[0], weight, PLAIN_IN, way_out)
+            else:
+                self.way_out(VendorConv._conv3x3(self, x, weight, PLAIN_IN, PLAIN_OUT, False), way_out)
+
+        whole = c * x.element_size() % CHUNK == 0 and (kernel == "conv3x3" or uses_tf32(kind))
+        tiles = TILES[kernel] if whole else TILES[kernel][-1:]  # others fall back to the smallest
+        own_ones = [({"tile": tile}, partial(own, tile)) for tile in tiles]
+        return [("apart" if kernel == "pool_conv3x3" else "vendor", others), *own_ones]
 
     def fuses(self, x: Tensor, weight: Tensor, pack: bool) -> Fused:
-        return super().fuses(x, weight, pack) if self.refusal(x, weight.shape[0]) else FUSES
+        k = weight.shape[0]
+        if self._is_vendors("conv3x3", x, weight):
+            return super().fuses(x, weight, pack)
+        return FUSES if k > POOLED_CHANNELS or self.refusal(x, k, pool=True) else POOL_TOO
+
+    def conv3x3(
+        self, x: Tensor, weight: Tensor, way_in: WayIn = PLAIN_IN, way_out: WayOut = PLAIN_OUT, pack: bool = False
+    ) -> Tensor:
+        x, way_in = self._pooled(x, weight, way_in)
+        return super().conv3x3(x, weight, way_in, way_out, pack)
+
+    def _pooled(self, x: Tensor, weight: Tensor, way_in: WayIn) -> tuple[Tensor, WayIn]:
+        """What is left to do where the tables would rather have a kernel of its own pool."""
+        if not way_in.pool or self.refusal(x, weight.shape[0], pool=True):
+            return x, way_in
+        apart = self._choice("pool_conv3x3", x, weight) == "apart"
+        return self._compose_in(x, way_in, frozenset()) if apart else (x, way_in)
 
     def _conv3x3(self, x: Tensor, weight: Tensor, way_in: WayIn, way_out: WayOut, pack: bool) -> Tensor:
-        if self.refusal(x, weight.shape[0]):
+        if self._is_vendors("conv3x3", x, weight):
             return super()._conv3x3(x, weight, way_in, way_out, pack)
-        return self._convolve(x, weight, way_in.relu, way_out)
+        return self._convolve(x, weight, way_in, way_out)
 
     def conv3x3_and_relu(
         self, x: Tensor, weight: Tensor, way_in: WayIn = PLAIN_IN, way_out: WayOut = PLAIN_OUT, pack: bool = False
     ) -> tuple[Tensor, Tensor]:
-        if self.refusal(x, weight.shape[0]) or len(way_out.add + way_out.add_relu) > _native._C.CUDA_MOST_ADDS:
+        many = len(way_out.add + way_out.add_relu) > _native._C.CUDA_MOST_ADDS
+        if many or self._is_vendors("conv3x3", x, weight):
             return super().conv3x3_and_relu(x, weight, way_in, way_out, pack)
-        x, way_in = self._compose_in(x, way_in, FUSES.way_in)
+        x, way_in = self._pooled(x, weight, way_in)
+        x, way_in = self._compose_in(x, way_in, self.fuses(x, weight, pack).way_in)
         relued = empty_nhwc(x, (x.shape[0], weight.shape[0], *x.shape[2:]))
-        return self._convolve(x, weight, way_in.relu, way_out, relued=relued), relued
+        return self._convolve(x, weight, way_in, way_out, relued=relued), relued
 
     def conv3x3_input_grad(self, gy: Tensor, weight: Tensor, way_out: WayOut = PLAIN_OUT) -> Tensor:
-        if self.refusal(gy, weight.shape[1]):
+        if self._is_vendors("conv3x3", gy, weight, rotated=True):
             return super().conv3x3_input_grad(gy, weight, way_out)
-        return self._convolve(gy, weight, False, way_out, rotated=True)
+        return self._convolve(gy, weight, PLAIN_IN, way_out, rotated=True)
 
     def _convolve(
         self,
         x: Tensor,  # (N, C, H, W)
         weight: Tensor,  # (K, C, R, R); (C, K, R, R) where rotated
-        relu_in: bool,
+        way_in: WayIn,
         way_out: WayOut,
         rotated: bool = False,
         relued: Tensor | None = None,  # (N, K, H, W), written
+        tile: int | None = None,
     ) -> Tensor:  # (N, K, H, W)
-        """The convolution, its ReLU into ``relued``; ``rotated``: that of an input gradient."""
+        """The convolution, its ReLU into ``relued``; ``rotated``: that of an input gradient.
+
+        ``tile``: None for what the tables say.
+        """
         x = self._take(x, "x")
         check_weight(weight, x, 0 if rotated else 1)
         n, c, h, w = x.shape
@@ -115,6 +200,8 @@ class Cuda(Native):
         y = empty_nhwc(x, (n, k, h, w))
         packed = pack_weight(weight, x.dtype, rotated, CHUNK // x.element_size())
         fused, left = _first_adds(matched(way_out, y), _native._C.CUDA_MOST_ADDS)
+        if tile is None:
+            tile = self._tile("pool_conv3x3" if way_in.pool else "conv3x3", x, weight, rotated)
         low = fused.upsample
         bias = None if fused.bias is None else fused.bias.to(torch.float32)
         self._call(
@@ -132,39 +219,58 @@ class Cuda(Native):
             DTYPES[x.dtype],
             not uses_tf32(x.dtype),
             rotated,
-            relu_in,
-            self.tile,
+            way_in.relu,
+            way_in.pool,
+            tile,
             self.sm80_loop,
         )
         return self.way_out(y, left)
 
     def conv3x3_weight_grad(self, x: Tensor, gy: Tensor, weight: Tensor, way_in: WayIn = PLAIN_IN) -> Tensor:
-        if self.refusal(x, weight.shape[0]):
+        if self._is_vendors("weight_grad", x, weight):
             return super().conv3x3_weight_grad(x, gy, weight, way_in)
         x, way_in = self._compose_in(x, way_in, FUSES.way_in)
-        return as_weight(self._weight_gradient(x, gy, weight, way_in.relu), weight)
+        return as_weight(self._gradients(x, gy, weight, way_in.relu, None), weight)
 
-    def _weight_gradient(
+    def parameter_grads(
+        self, x: Tensor, gy: Tensor, weight: Tensor | None, bias: Tensor | None, way_in: WayIn = PLAIN_IN
+    ) -> tuple[Tensor | None, Tensor | None]:
+        if weight is None or bias is None or self._is_vendors("weight_grad", x, weight):
+            return super().parameter_grads(x, gy, weight, bias, way_in)
+        x, way_in = self._compose_in(x, way_in, FUSES.way_in)
+        gb = torch.empty(bias.shape, dtype=torch.float32, device=bias.device)
+        gw = self._gradients(x, gy, weight, way_in.relu, gb)
+        return as_weight(gw, weight), gb.to(bias.dtype)
+
+    def _gradients(
         self,
         x: Tensor,  # (N, C, H, W)
         gy: Tensor,  # (N, K, H, W)
         weight: Tensor,  # (K, C, R, R)
         relu_in: bool,
+        gb: Tensor | None,  # (K,), the bias's, written
+        tile: int | None = None,
     ) -> Tensor:  # (K, C, R, R)
+        """The weight's gradient; ``tile``: None for what the tables say."""
         x = self._take(x, "x")
         check_weight(weight, x, 1)
         (n, c, h, w), (k, _, side, _) = x.shape, weight.shape
         gy = match(gy, "gy", x, (n, k, h, w), x.dtype)
         gw = gradient_like(weight if weight.dtype in DTYPES else weight.to(torch.float32))
 
+        if tile is None:
+            tile = self._tile("weight_grad", x, weight)
+
         def arguments(parts: Tensor | None, splits: int) -> tuple[object, ...]:
-            buffers = (pointer(x), pointer(gy), pointer(parts), pointer(gw))
+            buffers = (pointer(x), pointer(gy), pointer(parts), pointer(gw), pointer(gb))
             strides, sizes = (gw.stride(0), gw.stride(1), gw.stride(3)), (n, h, w, c, k)
             types = DTYPES[x.dtype], DTYPES[gw.dtype], not uses_tf32(x.dtype)
-            return *buffers, strides, sizes, side, splits, *types, relu_in, self.tile
+            return *buffers, strides, sizes, side, splits, *types, relu_in, tile
 
-        splits = _native._C.cuda_plan_weight_grad(*arguments(None, 0), self._processors(x.device))[-1]
-        parts = torch.empty((splits, k, side * side, c), dtype=torch.float32, device=x.device)
+        *_, splits, _, room = _native._C.cuda_plan_weight_grad(
+            *arguments(None, 0), self._architecture(x.device).processors
+        )
+        parts = torch.empty(room, dtype=torch.float32, device=x.device)
         self._call("weight_grad", x, *arguments(parts, splits))
         return gw
 

@@ -9,6 +9,8 @@ from refinenet_fast.backends.base import Fused, WayOut
 from refinenet_fast.backends.checked import match
 
 FUSES = Fused(frozenset({"relu"}), frozenset({"bias", "relu", "select", "add", "add_relu", "upsample"}))
+POOL_TOO = Fused(FUSES.way_in | {"pool"}, FUSES.way_out)
+POOLED_CHANNELS = 512  # most outputs of a convolution that pools itself: a block computes 256, and others pool again
 
 
 def pack_weight(

@@ -29,6 +29,8 @@ from refinenet_fast.backends.configurations import (
 from refinenet_fast.backends.launches import Launch
 from refinenet_fast.backends.operands import (
     FUSES,
+    POOL_TOO,
+    POOLED_CHANNELS,
     arithmetic,
     check_weight,
     gradient_like,
@@ -41,8 +43,6 @@ from refinenet_fast.backends.table import Choice, Question, Shape, lookup
 from refinenet_fast.layout import empty_nhwc, nhwc
 
 OLDEST = (3, 6)  # of Triton
-POOL_TOO = Fused(FUSES.way_in | {"pool"}, FUSES.way_out)
-POOLED_CHANNELS = 512  # most outputs of a 1x1 convolution that pools itself
 GRID = 65_535  # most blocks along a grid's second and third dimension
 VECTOR = 16  # bytes
 BIAS_SPLITS = 256  # most programs of a bias gradient beside each other

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import torch
@@ -14,7 +15,7 @@ from emulator.launch import Struct, emulate
 from emulator.products import HopperPlan, Launch, Plan, bytes_at, convolution, weight_gradient
 from emulator.unit import LOCKSTEP, Schedule
 from refinenet_fast import _native
-from refinenet_fast.backends.configurations import A100
+from refinenet_fast.backends.configurations import A100, Architecture
 from refinenet_fast.backends.cuda import Cuda
 from refinenet_fast.backends.native import Native
 
@@ -122,8 +123,8 @@ class Emulated(Cuda):
     def can_run(self, device: torch.device, dtype: torch.dtype) -> str | None:
         return Native.can_run(self, device, dtype)
 
-    def _processors(self, device: torch.device) -> int:
-        return self.processors
+    def _architecture(self, device: torch.device) -> Architecture:
+        return replace(A100, capability=int(re.sub(r"\D", "", self.arch)), processors=self.processors)
 
     def _call(self, function: str, like: Tensor, *arguments: object) -> None:
         if function in ("conv3x3", "weight_grad"):

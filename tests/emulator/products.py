@@ -1,4 +1,4 @@
-"""Launches of the CUDA backend's products: the host code of csrc/cuda/{conv3x3,conv3x3_sm90,weight_grad}.cu.
+"""Launches of the CUDA backend's products: the host code of csrc/cuda/{conv3x3,conv3x3_sm90,pool_conv3x3,weight_grad}.cu.
 
 What they are made of, tiles, blocks and shared memory, comes from ``csrc/cuda/plan.h`` and ``plan_sm90.h`` themselves.
 """
@@ -17,7 +17,7 @@ from emulator.tensormap import TensorMap
 THREADS, SUM_THREADS = 128, 256  # kProductThreads, kThreads
 # kBlockThreads, kCluster, kTileRows, kTileColumns, kSlice in csrc/cuda/plan_sm90.h
 SM90_THREADS, SM90_CLUSTER, SM90_ROWS, SM90_COLUMNS, SM90_SLICE = 384, 2, 16, 8, 64
-MOST_ADDS = 8
+MOST_ADDS, TILE_EDGE = 8, 8  # kMostAdds, kTileEdge
 CHUNK = 16
 # By the numbers of DType in csrc/common/arguments.h: bytes of an element; its name, and its arithmetic's, as mangled.
 SIZES = {0: 4, 1: 2, 2: 2}
@@ -29,10 +29,12 @@ class Plan(NamedTuple):
     """As csrc/cuda/plan.h has it."""
 
     tile: int
-    whole_chunks: bool
+    piece: int
     blocks: int
     shared: int
     splits: int
+    shares: int
+    parts: int
 
 
 class HopperPlan(NamedTuple):
@@ -66,16 +68,19 @@ def divider(by: int) -> tuple[int, int, int]:
     return by, -(-(1 << 31 + bits) // by), 31 + bits
 
 
+def product_of(dtype: int, exact: bool) -> str:
+    return PRODUCTS[dtype, exact] if dtype == 0 else PRODUCTS[dtype]
+
+
 def name_of(kernel: str, dtype: int, exact: bool, relu_in: bool) -> str:
     """Of an instance, as it is mangled, up to what differs between kernels."""
-    product = PRODUCTS[dtype, exact] if dtype == 0 else PRODUCTS[dtype]
     way_in = "9Rectified" if relu_in else "9Unchanged"
-    return f"{kernel}INS0_{product}ENS0_{way_in}E"
+    return f"{kernel}INS0_{product_of(dtype, exact)}ENS0_{way_in}E"
 
 
 def copied(plan: Plan) -> str:
     """What of an instance's mangled name the plan decides."""
-    return f"NS0_{'10CopyChunks' if plan.whole_chunks else '12CopyElements'}ELi{plan.tile}E"
+    return f"NS0_{'10CopyChunks' if plan.piece == CHUNK else '10CopyPieces'}ELi{plan.tile}E"
 
 
 def convolution(
@@ -99,6 +104,7 @@ def convolution(
     exact: bool,
     turned: bool,
     relu_in: bool,
+    pool_in: bool,
     tile: int,
     sm80_loop: bool,
 ) -> list[Launch]:
@@ -114,8 +120,8 @@ def convolution(
     )
     pitch = -(-c * size // CHUNK) * CHUNK
     pixels, taps = bytes_at(x, n * h * w * c * size), bytes_at(weights, side * side * k * pitch)
-    asked = *way_out, n, h, w, c, k, side, dtype, tile, exact, turned, relu_in, sm80_loop
-    layout = f"2Q{4 + MOST_ADDS + 1}Qqq?7xqq?7x2i?7x4qq3i4?"
+    asked = *way_out, n, h, w, c, k, side, dtype, tile, exact, turned, relu_in, pool_in, sm80_loop
+    layout = f"2Q{4 + MOST_ADDS + 1}Qqq?7xqq?7x2i?7x4qq3i5?7x"
     if isinstance(plan, HopperPlan):
         box, part = (1, SM90_ROWS + side // 2 * 2, SM90_COLUMNS, SM90_SLICE), plan.outs // SM90_CLUSTER
         arguments = (
@@ -127,7 +133,13 @@ def convolution(
         source = "cuda/conv3x3_sm90.cu"
         return [Launch(source, name, plan.blocks, SM90_THREADS, plan.shared, arguments, SM90_CLUSTER)]
     whole_out = k * size % CHUNK == 0 and not any(m % CHUNK for m in maps)
-    request = Struct(f"{layout}IIIIII?7x", (pixels, taps, *asked, *divider(h), *divider(w), whole_out))
+    down, across = (-(-h // TILE_EDGE), -(-w // TILE_EDGE)) if pool_in else (h, w)
+    request = Struct(
+        f"{layout}IIIIII?3xi", (pixels, taps, *asked, *divider(down), *divider(across), whole_out, plan.piece)
+    )
+    if pool_in:
+        name = f"pool_kernelINS0_{product_of(dtype, exact)}ELi{side}ELi{plan.tile}E"
+        return [Launch("cuda/pool_conv3x3.cu", name, plan.blocks, THREADS, plan.shared, (request,))]
     name = name_of("conv_kernel", dtype, exact, relu_in) + copied(plan)
     return [Launch("cuda/conv3x3.cu", name, plan.blocks, THREADS, plan.shared, (request,))]
 
@@ -144,6 +156,7 @@ def weight_gradient(
     gy: int,
     parts: int,
     gw: int,
+    gb: int,
     strides: tuple[int, int, int],
     sizes: tuple[int, int, int, int, int],
     side: int,
@@ -158,16 +171,17 @@ def weight_gradient(
     (n, h, w, c, k), size, elements = sizes, SIZES[dtype], side * side * sizes[3] * sizes[4]
     pixels = n * h * w
     request = Struct(
-        "4Q3q4qq5i2?2xIIIIIIi4x",
+        "5Q3q4qq5i2?2xIIIIIIiii4x",
         (
             *(bytes_at(x, pixels * c * size), bytes_at(gy, pixels * k * size)),
-            *(bytes_at(parts, splits * elements * 4), bytes_at(gw, elements * SIZES[gw_dtype])),
+            *(bytes_at(parts, plan.parts * 4), bytes_at(gw, elements * SIZES[gw_dtype])),
+            bytes_at(gb, k * 4),
             *(*strides, n, h, w, c, k, side, splits, dtype, gw_dtype, tile, exact, relu_in),
-            *(*divider(h), *divider(w), splits),
+            *(*divider(h), *divider(w), splits, plan.shares, plan.piece),
         ),
     )
     name = name_of("grad_kernel", dtype, exact, relu_in) + copied(plan)
-    total = -(-elements // SUM_THREADS)
+    total = -(-(elements + (k if gb else 0)) // SUM_THREADS)
     return [
         Launch("cuda/weight_grad.cu", name, plan.blocks, THREADS, plan.shared, (request,)),
         Launch("cuda/weight_grad.cu", f"sum_kernelI{ELEMENTS[gw_dtype]}E", total, SUM_THREADS, 0, (request,)),

@@ -16,6 +16,14 @@ __device__ __forceinline__ void cp_async_16(uint32_t to, const void* from, uint3
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(given) : "memory");
 }
 
+// The same of 4 or 8 bytes, through L1; both addresses are multiples of as many.
+template <int kBytes>
+__device__ __forceinline__ void cp_async_few(uint32_t to, const void* from, uint32_t given) {
+  static_assert(kBytes == 4 || kBytes == 8, "what .ca takes besides 16");
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(from), "n"(kBytes), "r"(given)
+               : "memory");
+}
+
 // This thread's copies since the last one become a group, possibly an empty one (9.7.9.25.3.2).
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 

@@ -30,7 +30,17 @@ __device__ __forceinline__ uint32_t load_word(uint32_t from) {
   return d;
 }
 
+__device__ __forceinline__ uint2 load_8(uint32_t from) {
+  uint2 d;
+  asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(d.x), "=r"(d.y) : "r"(from) : "memory");
+  return d;
+}
+
 // st.shared (PTX ISA 9.7.9.11).
+__device__ __forceinline__ void store_8(uint32_t to, const uint2& v) {
+  asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(to), "r"(v.x), "r"(v.y) : "memory");
+}
+
 __device__ __forceinline__ void store_16(uint32_t to, const uint4& v) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }

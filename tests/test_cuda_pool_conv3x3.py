@@ -1,0 +1,152 @@
+"""The CUDA backend's convolutions that pool on the way in, against float64: PTX in the emulator; on a GPU, if any."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from emulator import Schedule
+from emulator.backend import Emulated
+from emulator.compilers import CSRC, nvcc, start
+from refinenet_fast.backends import WayIn, WayOut
+from refinenet_fast.testing import Data, conv, exact_float32, maxpool, relative_l2
+from triton_cases import WAYS, check_conv, tf32
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+needs_nvcc = pytest.mark.skipif(not nvcc() or not CSRC.exists(), reason="needs an nvcc, and the sources")
+everywhere = pytest.mark.runs_on("emulator", "gpu")
+# (output channels of a block, shape, K): tiles over both edges of two images; channels end within a block and a slice.
+SMALL, WIDE = (64, (2, 40, 9, 5), 72), (256, (1, 40, 3, 10), 136)
+ROUTES = [pytest.param(SMALL, id="small"), pytest.param(WIDE, id="wide")]
+taps = pytest.mark.parametrize("taps", [1, 9])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_ahead():
+    """The second core compiles while the first one emulates."""
+    if nvcc() and CSRC.exists():
+        start(CSRC / "cuda" / "pool_conv3x3.cu", "sm_80")
+
+
+@pytest.fixture(autouse=True)
+def exact():
+    with exact_float32():
+        yield
+
+
+@pytest.fixture
+def check(executor, monkeypatch):
+    """Holds one convolution to float64, where ``executor`` runs it."""
+
+    def check(route, dtype=BF16, way="everything", schedule=None, **options):
+        tile, shape, k = route
+        kernels = executor.kernels(schedule) if schedule else executor.kernels()
+        monkeypatch.setattr(kernels, "tile", tile)
+        assert "pool" in kernels.fuses(torch.empty(shape, device="meta"), torch.empty(k, 1, 1, 1), False).way_in
+        error, limit = check_conv(kernels, shape, k, dtype, way, pool=True, device=executor.device, **options)
+        assert error <= limit
+
+    return check
+
+
+@everywhere
+@taps
+@pytest.mark.parametrize("way", WAYS)
+def test_ways(check, way, taps):
+    check((64, (1, 40, 9, 5), 24), way=way, taps=taps)
+
+
+@everywhere
+@taps
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
+@pytest.mark.parametrize("route", ROUTES)
+def test_dtypes(check, route, dtype, taps):
+    check(route, dtype, taps=taps)
+
+
+@everywhere
+@taps
+@pytest.mark.parametrize("tile", [64, 256])
+def test_tf32_where_cudnn_would_use_it(executor, tile, taps, monkeypatch):
+    """Rounded, the error is that of cutting at most."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    data, kernels = Data(FP32, executor.device), executor.kernels()
+    monkeypatch.setattr(kernels, "tile", tile)
+    x, weight = data(1, 24, 9, 3), data.weight(16, 24, 3 if taps == 9 else 1, salt=1)
+    pooled = maxpool(x.double())
+    want = conv(pooled, weight.double())
+    expected = relative_l2(conv(tf32(pooled.float()).double(), tf32(weight).double()), want)
+    assert 1e-5 < relative_l2(kernels.conv3x3(x, weight, WayIn(pool=True)), want) <= expected
+
+
+@everywhere
+@taps
+@pytest.mark.parametrize("c", [12, 18, 21])
+def test_channels_that_are_not_whole_chunks(check, c, taps):
+    """Copied in pieces of 8 bytes, of 4, and element by element."""
+    check((0, (1, c, 3, 9), 9), way="first of an rcu", taps=taps)
+
+
+@everywhere
+@taps
+@pytest.mark.parametrize(
+    "shape, k", [((1, 1, 1, 1), 1), ((3, 3, 1, 5), 2), ((1, 16, 11, 1), 21), ((1, 8, 7, 13), 8), ((9, 8, 1, 1), 8)]
+)
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+def test_odd_shapes_by_the_plan(check, shape, k, dtype, taps):
+    check((0, shape, k), dtype, taps=taps)
+
+
+@everywhere
+@taps
+@pytest.mark.parametrize("schedule", [Schedule(32, 1, "late"), Schedule(32, 2, "shuffled"), Schedule(128, 3, "late")])
+@pytest.mark.parametrize("route", [(64, (1, 136, 3, 9), 8), (256, (1, 72, 3, 7), 8), (0, (1, 69, 3, 7), 5)], ids=str)
+def test_schedules(check, route, schedule, taps):
+    """Warps in any order, copies that complete as late as they may; more slices than are in shared memory at once."""
+    check(route, way="first of an rcu", schedule=schedule, taps=taps)
+
+
+@everywhere
+@taps
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
+def test_non_finite_values_as_in_pytorch(executor, dtype, relu, taps):
+    """NaN goes through maxima and ReLU; -infinity is a pixel's value, and not what pads."""
+    data, kernels = Data(dtype, executor.device, integers=True), executor.kernels()
+    x, weight = data(1, 8, 9, 13), data.weight(8, 8, 3 if taps == 9 else 1, salt=1)
+    x[0, 0, 4, 4], x[0, 1, 8, 12], x[0, 2, 0, 0] = torch.nan, torch.inf, -torch.inf
+    x[0, 3, :6, 5:12] = -torch.inf
+    pooled = F.max_pool2d((x.relu() if relu else x).double(), 5, 1, 2)
+    want = F.conv2d(pooled, weight.double(), padding=weight.shape[2] // 2).to(dtype)
+    y = kernels.conv3x3(x, weight, WayIn(relu, pool=True))
+    assert torch.isinf(want).any() and torch.isnan(want).any() and torch.isfinite(want).any()
+    assert torch.equal(y.isnan(), want.isnan()) and torch.equal(y.nan_to_num(), want.nan_to_num())
+
+
+@everywhere
+def test_what_a_block_computes_not_alone(executor):
+    """Two blocks of 256 output channels pool the same pixels; from 512 on the pool is a kernel of its own."""
+    data, kernels = Data(BF16, executor.device, integers=True), executor.kernels()
+    for k in (264, 520):
+        x, weight = data(1, 8, 3, 2), data.weight(k, 8, 1, salt=1)
+        assert ("pool" in kernels.fuses(x, weight, False).way_in) == (k == 264)
+        want = conv(maxpool(x.double()), weight.double()).to(BF16)
+        assert torch.equal(kernels.conv3x3(x, weight, WayIn(pool=True)), want)
+
+
+@everywhere
+def test_an_empty_batch(executor):
+    x, weight = (
+        torch.ones(0, 8, 5, 5, dtype=BF16, device=executor.device),
+        torch.ones(4, 8, 3, 3, device=executor.device),
+    )
+    y = executor.kernels().conv3x3(x, weight, WayIn(True, pool=True), WayOut(relu=True))
+    assert y.shape == (0, 4, 5, 5) and y.dtype == BF16
+
+
+@needs_nvcc
+@pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
+def test_other_architectures(arch):
+    error, limit = check_conv(Emulated(arch), (1, 24, 3, 5), 16, BF16, "everything", pool=True)
+    assert error <= limit
