@@ -229,10 +229,11 @@ def eager(call: Call, *tensors: Tensor | None, steps: Imposed | None = None) -> 
     """The hot path of ``call`` in plain PyTorch, on ``tensors`` in place of its own; with decisions from ``steps``."""
     relu, pool = (steps.relu, steps.pool) if steps else (torch.relu, maxpool)
     if call.op == "rcu":
-        x, *units = tensors
-        for w1, b1, w2, b2 in zip(*[iter(units)] * 4):
+        x, adds, units = tensors[0], *rcu_parts(tensors)
+        for (w1, b1, w2, b2), add in zip(units, adds, strict=True):
             r = relu(x)
             x = (x if call.options[0] == "raw" else r) + conv(relu(conv(r, w1, b1)), w2, b2)
+            x = x if add is None else x + add
         return x
     if call.op == "fuse":
         paths, (size, corners) = len(tensors) // 3, call.options
@@ -290,6 +291,12 @@ class Call:
         return self._op("_backward")(gy, self.tensors, saved, wanted, *self.options, backend)
 
 
+def rcu_parts(tensors: Sequence[Any]) -> tuple[list[Any], list[tuple[Any, ...]]]:
+    """Of an op's tensors: what each unit adds, and each one's ``(w1, b1, w2, b2)``."""
+    count = len(tensors) // 5
+    return list(tensors[1 : 1 + count]), list(zip(*[iter(tensors[1 + count :])] * 4))
+
+
 def rcu_call(
     shape: Sequence[int],
     data: Data,
@@ -298,10 +305,12 @@ def rcu_call(
     biases: str = "1",
     skip: str = "raw",
     units: int = 1,
+    adds: str = "",
 ) -> Call:
-    """``biases`` names the convolutions that have one: "", "1", "2" or "12"."""
+    """``biases`` names the convolutions that have one: "", "1", "2" or "12"; ``adds`` the units: "", "1", ... "123"."""
     c, m = shape[1], middle or shape[1]
-    tensors: list[Tensor | None] = [data(*shape)]
+    added = [data(*shape, salt=5 + 10 * i) if str(i + 1) in adds else None for i in range(units)]
+    tensors: list[Tensor | None] = [data(*shape), *added]
     for salt in range(0, 10 * units, 10):
         w1, w2 = data.weight(m, c, kernel, salt=salt + 1), data.weight(c, m, kernel, salt=salt + 2)
         b1, b2 = data(m, salt=salt + 3) if "1" in biases else None, data(c, salt=salt + 4) if "2" in biases else None
@@ -341,7 +350,7 @@ def some_calls(shape: Sequence[int], data: Data) -> list[Call]:
     return [
         rcu_call(shape, data),
         rcu_call(shape, data, middle=c + 2, kernel=1, biases="2", skip="relu"),
-        rcu_call(shape, data, biases="12", units=3),
+        rcu_call(shape, data, biases="12", units=3, adds="13"),
         fuse_call([shape, small], data, [3, 3], c),
         fuse_call([shape, small, shape, large], data, [None, 1, 3, None], c, True, shape[2:], align_corners=False),
         crp_call(shape, data, stages=2),
@@ -372,13 +381,15 @@ def check_call(call: Call, backend: str, needs: Needs = None) -> Rows:
 
 def _convolutions(call: Call) -> list[tuple[Tensor, Tensor]]:
     """For each convolution of the call a tensor of the size of its result, and its weight."""
-    weights = [t for t in call.tensors if t is not None and t.dim() == 4]
+    if call.op == "rcu":
+        return [(call.tensors[0], w) for w1, _, w2, _ in rcu_parts(call.tensors)[1] for w in (w1, w2)]
     if call.op == "fuse":
         paths = len(call.tensors) // 3
         return [
             (x, w) for x, w in zip(call.tensors, call.tensors[paths : 2 * paths]) if x is not None and w is not None
         ]
-    return [(weights[0], w) for w in weights[1:]]
+    x, *weights = (t for t in call.tensors if t is not None and t.dim() == 4)
+    return [(x, w) for w in weights]
 
 
 def check_maxpool5(

@@ -27,6 +27,7 @@ options = {
     "biases": st.sampled_from(["", "1", "2", "12"]),
     "skip": st.sampled_from(["raw", "relu"]),
     "units": st.sampled_from([1, 1, 2, 3]),
+    "adds": st.sampled_from(["", "", "1", "2", "123"]),
 }
 
 
@@ -65,15 +66,16 @@ def test_gradcheck(kernel, biases, skip):
 
 
 @pytest.mark.parametrize("skip", ["raw", "relu"])
-def test_gradcheck_of_a_run(skip):
-    call = rcu_call((1, 2, 3, 3), Data(torch.float64), middle=3, biases="12", skip=skip, units=2)
+@pytest.mark.parametrize("adds", ["", "1", "12"])
+def test_gradcheck_of_a_run(adds, skip):
+    call = rcu_call((1, 2, 3, 3), Data(torch.float64), middle=3, biases="12", skip=skip, units=2, adds=adds)
     assert_gradcheck(call)
 
 
-@pytest.mark.parametrize("first", [1, 2, 5, 8])
+@pytest.mark.parametrize("first", [1, 2, 3, 4, 7, 10])
 def test_a_run_computes_only_the_gradients_that_are_wanted(place, first):
-    """Frozen from the first unit on, up to tensor ``first``: backward stops there."""
-    call = rcu_call((1, 5, 4, 3), place.data(), biases="12", units=2)
+    """Frozen from the first one on, up to tensor ``first``: backward stops there."""
+    call = rcu_call((1, 5, 4, 3), place.data(), biases="12", units=2, adds="12")
     wanted = [i >= first for i in range(len(call.tensors))]
     y, saved = call.train(place.backend)
     every = call.gradients(torch.ones_like(y), saved, place.backend)
