@@ -4,6 +4,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from refinenet_fast import ops
 from refinenet_fast._native import build_info
+from refinenet_fast.accelerate import Explanation, accelerate, explain, restore
 from refinenet_fast.backends import list_backends, use_backend
 from refinenet_fast.blocks import ChainedResidualPooling, MultiResolutionFusion, RefineNetBlock, ResidualConvUnit
 from refinenet_fast.model import RefineNet
@@ -16,13 +17,17 @@ except PackageNotFoundError:  # an uninstalled checkout on the path
 
 __all__ = [
     "ChainedResidualPooling",
+    "Explanation",
     "MultiResolutionFusion",
     "RefineNet",
     "RefineNetBlock",
     "ResidualConvUnit",
+    "accelerate",
     "build_info",
+    "explain",
     "list_backends",
     "ops",
+    "restore",
     "tune",
     "use_backend",
 ]

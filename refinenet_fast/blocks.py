@@ -95,10 +95,15 @@ class ResidualConvUnits(nn.Sequential):
 
 
 def _is_bare(unit: nn.Module) -> TypeGuard[ResidualConvUnit]:
-    """Whether calling the unit does nothing but its own forward: no hooks, no other forward, not compiled by itself."""
-    hooks = (unit._forward_hooks, unit._forward_pre_hooks, unit._backward_hooks, unit._backward_pre_hooks)
-    changed = "forward" in unit.__dict__ or unit._compiled_call_impl is not None
-    return type(unit) is ResidualConvUnit and not any(hooks) and not changed and not _has_global_hooks()
+    """Whether calling the unit does nothing but its own forward."""
+    return type(unit) is ResidualConvUnit and is_bare(unit)
+
+
+def is_bare(module: nn.Module) -> bool:
+    """Whether calling a module runs its class's forward and nothing else: no hooks, no other forward, not compiled."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    changed = "forward" in module.__dict__ or module._compiled_call_impl is not None
+    return not any(hooks) and not changed and not _has_global_hooks()
 
 
 def _has_global_hooks() -> bool:
@@ -129,7 +134,7 @@ class MultiResolutionFusion(nn.Module):
         self.in_channels = _channels(in_channels, "in_channels")
         check_positive(channels, "channels")
         check_kernel(kernel_size, "kernel_size")
-        self.align_corners = check_flag(align_corners, "align_corners")
+        self.align_corners = _check.flag(align_corners, "align_corners")
         self.convs = nn.ModuleList(_conv(c, channels, kernel_size) for c in self.in_channels)
 
     def forward(
@@ -274,13 +279,6 @@ def check_kernel(value: Any, argument: str) -> int:
     """``value`` if it is 1 or 3."""
     if check_positive(value, argument) not in (1, 3):
         raise ValueError(f"{argument}: expected 1 or 3, got {value!r}")
-    return value
-
-
-def check_flag(value: Any, argument: str) -> bool:
-    """``value`` if it is a bool."""
-    if not isinstance(value, bool):
-        raise TypeError(f"{argument}: expected a bool, got {value!r}")
     return value
 
 

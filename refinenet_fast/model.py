@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from refinenet_fast import folding, published
-from refinenet_fast.blocks import Convolution, RefineNetBlock, check_count, check_flag, check_kernel, check_positive
+from refinenet_fast.blocks import Convolution, RefineNetBlock, check_count, check_kernel, check_positive
 from refinenet_fast.initialise import INITS, initialise
 from refinenet_fast.ops import _check, fuse
 from refinenet_fast.ops._autocast import autocast_dtype
@@ -118,15 +118,15 @@ class RefineNet(nn.Module):
             ("init", init, INITS),
         ):
             _check.choice(word, argument, known)
-        check_flag(pretrained, "pretrained")
-        if check_flag(light_weight, "light_weight"):
+        _check.flag(pretrained, "pretrained")
+        if _check.flag(light_weight, "light_weight"):
             _without_units(rcu_skip=(rcu_skip, "raw"), conv_bias=(conv_bias, "first"))
         crp_kernel = (1 if light_weight else 3) if crp_kernel is None else check_kernel(crp_kernel, "crp_kernel")
         self.wiring = _wiring(cascades)
-        self.scales = _scales(scales, cascades, check_flag(share_trunk, "share_trunk"))
+        self.scales = _scales(scales, cascades, _check.flag(share_trunk, "share_trunk"))
         self.upsample = _upsampling(upsample)
         self.dropout = nn.Dropout(_probability(dropout))
-        self.freeze_bn = check_flag(pretrained if freeze_bn is None else freeze_bn, "freeze_bn")
+        self.freeze_bn = _check.flag(pretrained if freeze_bn is None else freeze_bn, "freeze_bn")
         self.trunk_name = trunk
         self.trunks = nn.ModuleList()
         for _ in range(1 if share_trunk else len(self.scales)):

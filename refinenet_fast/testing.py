@@ -240,9 +240,10 @@ def eager(call: Call, *tensors: Tensor | None, steps: Imposed | None = None) -> 
         maps = [conv(x, tensors[paths + i], tensors[2 * paths + i]) for i, x in enumerate(tensors[:paths])]
         return reduce(torch.add, (t if list(t.shape[2:]) == list(size) else resize(t, size, corners) for t in maps))
     stages = len(tensors) // 2
-    total = t = relu(tensors[0])
+    order, rectified = call.options
+    total = t = relu(tensors[0]) if rectified else tensors[0]
     for w, b in zip(tensors[1 : 1 + stages], tensors[1 + stages :], strict=True):
-        t = conv(pool(t), w, b) if call.options[0] == "pool-conv" else pool(conv(t, w, b))
+        t = conv(pool(t), w, b) if order == "pool-conv" else pool(conv(t, w, b))
         total = total + t
     return total
 
@@ -319,11 +320,17 @@ def rcu_call(
 
 
 def crp_call(
-    shape: Sequence[int], data: Data, stages: int = 2, kernel: int = 3, biases: bool = False, order: str = "pool-conv"
+    shape: Sequence[int],
+    data: Data,
+    stages: int = 2,
+    kernel: int = 3,
+    biases: bool = False,
+    order: str = "pool-conv",
+    relu: bool = True,
 ) -> Call:
     ws = [data.weight(shape[1], shape[1], kernel, salt=10 + k) for k in range(stages)]
     bs = [data(shape[1], salt=20 + k) if biases else None for k in range(stages)]
-    return Call("crp", [data(*shape), *ws, *bs], (order,))
+    return Call("crp", [data(*shape), *ws, *bs], (order, relu))
 
 
 def fuse_call(
@@ -354,7 +361,7 @@ def some_calls(shape: Sequence[int], data: Data) -> list[Call]:
         fuse_call([shape, small], data, [3, 3], c),
         fuse_call([shape, small, shape, large], data, [None, 1, 3, None], c, True, shape[2:], align_corners=False),
         crp_call(shape, data, stages=2),
-        crp_call(shape, data, stages=2, kernel=1),
+        crp_call(shape, data, stages=2, kernel=1, relu=False),
         crp_call(shape, data, stages=3, kernel=1, biases=True, order="conv-pool"),
     ]
 

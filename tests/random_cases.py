@@ -137,8 +137,8 @@ def hot_path(draw: Draw, call: Call, images: int, backend: str) -> Case:
 
 
 def crp(draw: Draw, data: Data, backend: str) -> Case:
-    order = draw.choice(["pool-conv", "conv-pool"])
-    call = crp_call(draw.shape(), data, draw.randint(1, 4), draw.choice([1, 3, 3]), biases=True, order=order)
+    options = {"order": draw.choice(["pool-conv", "conv-pool"]), "relu": draw.chance(0.7)}
+    call = crp_call(draw.shape(), data, draw.randint(1, 4), draw.choice([1, 3, 3]), biases=True, **options)
     return hot_path(draw, call, 1, backend)
 
 

@@ -79,6 +79,13 @@ def choice(value: Any, argument: str, known: tuple[str, ...]) -> str:
     return value
 
 
+def flag(value: Any, argument: str) -> bool:
+    """``value`` if it is a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{argument}: expected a bool, got {value!r}")
+    return value
+
+
 def sequence(value: Any, argument: str) -> list[Any]:
     """``value`` as a list, if it is a list or tuple and not empty."""
     if isinstance(value, Tensor | str) or not isinstance(value, Sequence | torch.nn.ParameterList):

@@ -21,6 +21,7 @@ def crp(
     weights: Sequence[Tensor],  # each (C, C, 3, 3) or (C, C, 1, 1), one a stage
     biases: Sequence[Tensor | None] | None = None,  # each (C,)
     order: str = "pool-conv",
+    relu: bool = True,
 ) -> Tensor:  # (N, C, H, W)
     r"""Chained residual pooling: ``y = r + t1 + ... + tn``, where ``r = relu(x)`` and each stage feeds the next.
 
@@ -35,6 +36,7 @@ def crp(
         weights: One or more stages; float32 weights may stand beside float16 or bfloat16 activations.
         biases: One entry a stage, None where a stage has no bias; None for no biases at all.
         order: ``"pool-conv"`` (the paper's and the released networks') or ``"conv-pool"`` (the paper's improved one).
+        relu: False for ``r = x``, where what comes before has a ReLU of its own.
 
     Returns:
         In ``channels_last`` memory, of the dtype of ``x`` (of autocast's where autocast is on).
@@ -44,6 +46,7 @@ def crp(
         RuntimeError: A forced backend cannot run this; says why.
     """
     _check.choice(order, "order", ORDERS)
+    _check.flag(relu, "relu")
     x = activations(_check.image(x, "x"))
     weights = _check.sequence(weights, "weights")
     biases = _check.as_many(biases, "biases", len(weights), of="weights")
@@ -52,7 +55,7 @@ def crp(
         if w.shape[0] != w.shape[1]:
             raise ValueError(f"weights[{k}]: expected as many output as input channels, got {tuple(w.shape)}")
         _check.bias(b, f"biases[{k}]", w, x)
-    return _CRP(resolve("crp", x), [x, *weights, *biases], order)
+    return _CRP(resolve("crp", x), [x, *weights, *biases], order, relu)
 
 
 def _unpack(tensors: Tensors) -> tuple[Tensor, Tensors, Tensors]:
@@ -60,7 +63,7 @@ def _unpack(tensors: Tensors) -> tuple[Tensor, Tensors, Tensors]:
     return tensors[0], tensors[1 : 1 + stages], tensors[1 + stages :]
 
 
-def _forward(kernels: Backend, tensors: Tensors, order: str, keep: bool) -> tuple[Tensor, list[Tensor]]:
+def _forward(kernels: Backend, tensors: Tensors, order: str, relu: bool, keep: bool) -> tuple[Tensor, list[Tensor]]:
     """Result, and per stage what its convolution reads and the pool's argmax byte."""
     x, weights, biases = _unpack(tensors)
     stage = _pool_conv if order == "pool-conv" else _conv_pool
@@ -69,10 +72,12 @@ def _forward(kernels: Backend, tensors: Tensors, order: str, keep: bool) -> tupl
     saved: list[Tensor] = []
     for k, (w, b) in enumerate(zip(weights, biases, strict=True)):
         last = k == len(weights) - 1
-        total = WayOut(add=tuple(sums), add_relu=(x,)) if last else WayOut()
-        t, kept = stage(kernels, t, w, b, first=k == 0, total=total, keep=keep)
+        total = WayOut()
+        if last:
+            total = WayOut(add=tuple(sums), add_relu=(x,)) if relu else WayOut(add=(x, *sums))
+        t, kept = stage(kernels, t, w, b, relu=relu and k == 0, total=total, keep=keep)
         sums.append(t)
-        saved += kept
+        saved += kept[1:] if k == 0 and order == "conv-pool" else kept  # x is kept as the op's argument
     return t, saved
 
 
@@ -81,14 +86,14 @@ def _pool_conv(
     t: Tensor,  # (N, C, H, W): x itself for the first stage
     w: Tensor,  # (C, C, R, R)
     b: Tensor | None,  # (C,)
-    first: bool,
+    relu: bool,
     total: WayOut,
     keep: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     way_out = WayOut(bias=b, add=total.add, add_relu=total.add_relu)
     if not keep:
-        return kernels.conv3x3(t, w, WayIn(relu=first, pool=True), way_out, pack=True), []
-    pooled, argmax = kernels.maxpool5(t, relu=first, argmax=True)
+        return kernels.conv3x3(t, w, WayIn(relu=relu, pool=True), way_out, pack=True), []
+    pooled, argmax = kernels.maxpool5(t, relu=relu, argmax=True)
     return kernels.conv3x3(pooled, w, way_out=way_out), [pooled, argmax]
 
 
@@ -97,14 +102,13 @@ def _conv_pool(
     t: Tensor,  # (N, C, H, W): x itself for the first stage
     w: Tensor,  # (C, C, R, R)
     b: Tensor | None,  # (C,)
-    first: bool,
+    relu: bool,
     total: WayOut,
     keep: bool,
 ) -> tuple[Tensor, list[Tensor]]:
-    convolved = kernels.conv3x3(t, w, WayIn(relu=first), WayOut(bias=b), pack=not keep)
+    convolved = kernels.conv3x3(t, w, WayIn(relu=relu), WayOut(bias=b), pack=not keep)
     pooled, argmax = kernels.maxpool5(convolved, argmax=keep)
-    kept = [] if not keep else [argmax] if first else [t, argmax]
-    return kernels.way_out(pooled, total), kept
+    return kernels.way_out(pooled, total), [t, argmax] if keep else []
 
 
 def _backward(
@@ -114,6 +118,7 @@ def _backward(
     saved: list[Tensor],
     needs: list[bool],
     order: str,
+    relu: bool,
 ) -> Tensors:
     r"""With :math:`g_k` the gradient in :math:`t_k`: :math:`g_n = g_y` and :math:`g_{k-1} = g_y + J_k^T g_k`."""
     x, weights, biases = _unpack(tensors)
@@ -127,11 +132,12 @@ def _backward(
         read, argmax = _kept(x, saved, k, order)
         g, at_conv = stage(kernels, g, gy, weights[k], argmax, deeper)
         w, b = weights[k] if need_weights[k] else None, biases[k] if need_biases[k] else None
-        way_in = WayIn(relu=order == "conv-pool" and k == 0)
+        way_in = WayIn(relu=relu and order == "conv-pool" and k == 0)
         grad_weights[k], grad_biases[k] = kernels.parameter_grads(read, at_conv, w, b, way_in)
         if not deeper:
             break
-    return [select(g, x) if need_x else None, *grad_weights, *grad_biases]
+    gx = None if not need_x else select(g, x) if relu else g
+    return [gx, *grad_weights, *grad_biases]
 
 
 def _kept(x: Tensor, saved: list[Tensor], k: int, order: str) -> tuple[Tensor, Tensor]:
@@ -171,7 +177,7 @@ def _conv_pool_backward(
     return kernels.conv3x3_input_grad(at_conv, w, WayOut(add=(gy,))), at_conv
 
 
-def _fake(tensors: Tensors, order: str) -> tuple[Tensor, list[Tensor]]:
+def _fake(tensors: Tensors, order: str, relu: bool) -> tuple[Tensor, list[Tensor]]:
     x, weights, _ = _unpack(tensors)
     saved: list[Tensor] = []
     for k in range(len(weights)):
@@ -181,4 +187,6 @@ def _fake(tensors: Tensors, order: str) -> tuple[Tensor, list[Tensor]]:
     return empty_nhwc(x, x.shape), saved
 
 
-_CRP = HotPath("crp", "str order", forward=_forward, backward=_backward, fake=_fake, images=lambda tensors: 1)
+_CRP = HotPath(
+    "crp", "str order, bool relu", forward=_forward, backward=_backward, fake=_fake, images=lambda tensors: 1
+)
