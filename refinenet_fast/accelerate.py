@@ -23,7 +23,8 @@ from refinenet_fast.adapters import ADAPTERS, MARK, Adapter, Plain, is_plain
 from refinenet_fast.backends import use_backend
 
 Model = TypeVar("Model", bound=nn.Module)
-OWN = (blocks.ResidualConvUnit, blocks.ChainedResidualPooling, blocks.MultiResolutionFusion, blocks.Convolution)
+OWN = (blocks.RefineNetBlock, blocks.ResidualConvUnit, blocks.ResidualConvUnits, blocks.ChainedResidualPooling,
+       blocks.MultiResolutionFusion, blocks.Convolution)  # fmt: skip
 TOLERANCE = 1e-4  # of a trial in float32, relative to the largest value
 
 
@@ -48,7 +49,7 @@ def accelerate(model: Model, *, copy: bool = False) -> Model:
     """Let the ops compute the residual conv units, fusion blocks and 3x3 convolutions of a decoder.
 
     Recognised are the blocks of DPT, MiDaS, Depth Anything, ZoeDepth, Depth Pro, CroCo and DUSt3R, VGGT (those of
-    Hugging Face, of segmentation_models_pytorch, the original ones, and these copied into other code) and of RefineNet's
+    Hugging Face, of segmentation_models_pytorch, the original ones, and these copied elsewhere) and of RefineNet's
     published ports: by the names of their classes, then by a trial on a small input, in which a copy of the block with
     random weights has to give what the ops give. Where a block has been found, the model's other 3x3 convolutions of
     stride 1 follow.
