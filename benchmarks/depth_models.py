@@ -138,7 +138,7 @@ FAMILIES = {
 
 
 def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Weights that keep the data's scale, and statistics: as initialised, many a decoder's result is all but constant."""
+    """Weights and statistics that keep the data's scale: as initialised, many a decoder gives a constant."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():

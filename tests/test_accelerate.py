@@ -307,13 +307,13 @@ def bare(unit: nn.Module) -> nn.Module:
 
 
 LOOKALIKES = {
-    "another sum": (lambda: ResidualConvUnit_other(8, nn.ReLU()), "its result differs from that of rcu by"),
-    "another activation": (lambda: ports.ResidualConvUnit(8, nn.GELU()), "its result differs from that of rcu by"),
+    "another sum": (lambda: ResidualConvUnit_other(8, nn.ReLU()), "not that of rcu: it differs by"),
+    "another activation": (lambda: ports.ResidualConvUnit(8, nn.GELU()), "not that of rcu: it differs by"),
     "grouped": (lambda: grouped(ports.ResidualConvUnit(8, nn.ReLU())), "expected plain 3x3 or 1x1 .*groups=2"),
     "adapted": (lambda: adapted(ports.ResidualConvUnit(8, nn.ReLU())), "expected plain 3x3 or 1x1 .*ScaledConv"),
     "no parts": (lambda: bare(ports.ResidualConvUnit(8, nn.ReLU())), "parts that its class should have: .*conv2"),
     "three stages": (lambda: ports.RCUBlock(8, 1, n_stages=3), "expected 2 convolutions a unit .*, got 3"),
-    "wider upsampling": (lambda: ports.FeatureFusionBlock_custom(8, width_ratio=1.5), "differs from that of rcu, fuse"),
+    "wider upsampling": (lambda: ports.FeatureFusionBlock_custom(8, width_ratio=1.5), "not that of rcu, fuse: it"),
 }
 
 
