@@ -154,7 +154,8 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 class Decoder(torch.nn.Module):
     """Modules of a network, each fed by the one before, as one run of the network called them.
 
-    forward(*tensors): what the first module was given, its tensors in order. `inputs` are those of that run.
+    forward(*tensors): what the first module was given, its tensors in order. `inputs` are those of that run. Of a list
+    of maps, a module that takes one map is given the last.
     """
 
     def __init__(self, model: torch.nn.Module, names: Sequence[str], image: torch.Tensor) -> None:
@@ -173,7 +174,7 @@ class Decoder(torch.nn.Module):
         self.inputs = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         self.leaves = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         self.slots = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
-        self.rest = [(args[1:], kwargs) for args, kwargs in calls[1:]]
+        self.rest = [(isinstance(args[0], torch.Tensor), args[1:], kwargs) for args, kwargs in calls[1:]]
 
     def forward(self, *tensors):
         leaves = list(self.leaves)
@@ -181,6 +182,6 @@ class Decoder(torch.nn.Module):
             leaves[slot] = tensor
         args, kwargs = pytree.tree_unflatten(leaves, self.layout)
         y = self.parts[0](*args, **kwargs)
-        for part, (args, kwargs) in zip(self.parts[1:], self.rest):
-            y = part(y, *args, **kwargs)
+        for part, (takes_one, args, kwargs) in zip(self.parts[1:], self.rest):
+            y = part(y[-1] if takes_one and isinstance(y, list) else y, *args, **kwargs)
         return y

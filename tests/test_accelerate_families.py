@@ -39,7 +39,9 @@ FAMILIES = {  # how it is built, images, blocks replaced by op
         lambda: dpt(TINY, use_batch_norm_in_fusion_residual=True), SQUARES, {"rcu": 8, "rcu, fuse": 4, "conv3x3": 6},
     ),
     "zoedepth": (lambda: zoedepth(TINY), BY_16, {"rcu": 8, "rcu, fuse": 4, "conv3x3": 6}),
-    "depth_pro": (lambda: depth_pro(TINY), [(128, 128), (160, 128), (128, 192)], {"rcu": 10, "rcu, fuse": 5, "conv3x3": 6}),
+    "depth_pro": (
+        lambda: depth_pro(TINY), [(128, 128), (160, 128), (128, 192)], {"rcu": 10, "rcu, fuse": 5, "conv3x3": 6},
+    ),
     "smp DPT": (lambda: smp_dpt(TINY), BY_32, {"rcu": 8, "rcu, fuse": 4, "conv3x3": 5}),
 }  # fmt: skip
 
@@ -109,10 +111,11 @@ def test_restore_gives_the_same_bits(family):
         assert torch.equal(result(restore(accelerate(copy.deepcopy(model))), x), before)
 
 
-def test_a_decoder_of_a_network_computes_what_the_network_does():
+@pytest.mark.parametrize(("family", "cut"), [("depth_anything", "depth-anything"), ("depth_pro", "depth-pro")])
+def test_a_decoder_of_a_network_computes_what_the_network_does(family, cut):
     """The benchmark's cut: the decoder alone, from the maps of one run."""
-    model = built("depth_anything")
-    x = image(70, 98)
-    decoder = depth_models.Decoder(model, ("neck", "head"), x)
+    model = built(family)
+    x = image(*FAMILIES[family][1][0])
+    decoder = depth_models.Decoder(model, depth_models.FAMILIES[cut].decoder, x)
     with torch.no_grad():
         assert torch.equal(decoder(*decoder.inputs), result(model, x))
