@@ -102,12 +102,10 @@ def explain(model: nn.Module) -> list[Explanation]:
         adapter, reason = _adapter(place.module), place.obstacle
         if adapter is not None:
             reason = adapter.hindrance(place.module)
-        elif reason is None and not place.plain:
-            reason = _chosen(place)[1]
-        kind = type(place.module).__name__
-        rows.append(
-            Explanation(place.name, kind, adapter and adapter.op, reason if adapter else reason or "not accelerated")
-        )
+        elif reason is None:
+            reason = (None if place.plain else _chosen(place)[1]) or "not accelerated"
+        op = None if adapter is None else adapter.op
+        rows.append(Explanation(place.name, type(place.module).__name__, op, reason))
     return rows
 
 
@@ -191,10 +189,10 @@ def _trial(adapter: Adapter, block: nn.Module) -> str | None:
                 want = original(*map(torch.clone, args), **kwargs)
             except Exception as error:
                 return f"its own forward failed on a small input: {error}"
-            error = _difference(adapter.fused(twin, *args, **kwargs), want)
-            if not error <= TOLERANCE:
+            off = _difference(adapter.fused(twin, *args, **kwargs), want)
+            if not off <= TOLERANCE:
                 return (
-                    f"on a small input its result is not that of {adapter.op}: it differs by {error:.1e} of the largest"
+                    f"on a small input its result is not that of {adapter.op}: it differs by {off:.1e} of the largest"
                 )
     return None
 
@@ -234,11 +232,12 @@ def _difference(got: Any, want: Any) -> float:
 
 def _replace(module: nn.Module, adapter: Adapter | None) -> None:
     if adapter is not None:
-        module.__class__ = _accelerated(type(module), adapter)
+        kind: Any = type(module)
+        module.__class__ = _accelerated(kind, adapter)
 
 
 @functools.cache
-def _accelerated(kind: type[nn.Module], adapter: Adapter) -> type[nn.Module]:
+def _accelerated(kind: Any, adapter: Adapter) -> type[nn.Module]:
     """The subclass of a block's class whose forward is the adapter's."""
 
     @functools.wraps(kind.forward)
@@ -252,7 +251,7 @@ def _accelerated(kind: type[nn.Module], adapter: Adapter) -> type[nn.Module]:
     return type(kind.__name__, (kind,), {**named, MARK: adapter, "forward": forward, "__reduce_ex__": __reduce_ex__})
 
 
-def _blank(kind: type[nn.Module], adapter: Adapter) -> nn.Module:
+def _blank(kind: Any, adapter: Adapter) -> nn.Module:
     accelerated = _accelerated(kind, adapter)
     return accelerated.__new__(accelerated)
 

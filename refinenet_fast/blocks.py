@@ -91,7 +91,8 @@ class ResidualConvUnits(nn.Sequential):
         skips = {unit.skip for unit in units}
         if len(units) < len(self) or len(skips) != 1:
             return super().forward(x)
-        return rcu_run(x, [unit.parameters_in_order() for unit in units], *skips)
+        (skip,) = skips
+        return rcu_run(x, [unit.parameters_in_order() for unit in units], skip)
 
 
 def _is_bare(unit: nn.Module) -> TypeGuard[ResidualConvUnit]:

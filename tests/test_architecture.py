@@ -14,8 +14,8 @@ PACKAGE = ROOT / "refinenet_fast"
 # Highest first; a module may import from its own layer and from those below.
 LAYERS = (
     {"__init__"},
-    {"model", "published", "folding"},
-    {"variants", "trunks", "initialise"},
+    {"model", "published", "folding", "accelerate"},
+    {"variants", "trunks", "initialise", "adapters"},
     {"blocks"},
     {"testing", "tuning"},
     {"ops"},
