@@ -1,0 +1,350 @@
+"""Training runs: one process or two, killed and resumed, on a full disk; what they write, what they refuse."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import os
+import random
+import signal
+import socket
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("torchvision")
+pytest.importorskip("timm")
+
+from safetensors.torch import load_file
+
+from refinenet_fast import RefineNet
+from refinenet_fast.training import checkpoint
+from refinenet_fast.training.files import BadInput, read_json
+from refinenet_fast.training.loop import train
+from refinenet_fast.training.model_file import Description, load_model, save_model
+from refinenet_fast.training.settings import TrainSettings
+from training_runs import processes, samples, settings, train_quietly
+
+KILLS = int(os.environ.get("REFINENET_FAST_KILLS", "6"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return samples(tmp_path_factory.mktemp("data") / "samples")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(one_thread):
+    """The networks are tiny."""
+
+
+def log(run: Path) -> list[dict[str, str]]:
+    with (run / "log.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def losses(run: Path) -> list[float]:
+    return [float(row["loss"]) for row in log(run) if row["loss"]]
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    ours, theirs = load_file(one / "last.safetensors"), load_file(other / "last.safetensors")
+    assert ours.keys() == theirs.keys()
+    for key, value in ours.items():
+        assert torch.equal(value, theirs[key]), key
+
+
+# -- what a run does ----------------------------------------------------------------------------------------------
+
+
+def test_a_run_and_what_it_leaves(data, tmp_path):
+    said: list[str] = []
+    train(settings(data), tmp_path / "run", say=said.append)
+    text = "\n".join(said)
+    for expected in ("train: 5 images of 64x48 (5)", "classes: 5: ground", "million parameters", "backend cpu", "GiB"):
+        assert expected in text
+    rows = log(tmp_path / "run")
+    assert [row["step"] for row in rows if row["loss"]] == ["1", "2", "3", "4", "5", "6"]
+    assert [row["epoch"] for row in rows if row["miou"]] == ["1", "2"]
+    assert [f.name for f in sorted((tmp_path / "run" / "previews").iterdir())] == ["epoch-0001.png", "epoch-0002.png"]
+    assert sorted(f.name for f in (tmp_path / "run" / "checkpoints").iterdir()) == [
+        "step-00000003.pt",
+        "step-00000006.pt",
+    ]
+    model, description = load_model(tmp_path / "run")
+    assert not model.training and description.class_names == ["ground", "disc", "square", "triangle", "bar"]
+    assert TrainSettings.from_json(read_json(tmp_path / "run" / "settings.json")) == settings(data)
+
+
+def test_it_learns(data, tmp_path):
+    train(settings(data, epochs=25, batch=5, dropout=0.0, trunk_scale=1.0, lr=0.1), tmp_path / "run")
+    found = losses(tmp_path / "run")
+    assert sum(found[-5:]) / 5 < 0.6 * found[0], found
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"precision": "bfloat16"},
+        {"precision": "float16", "optimizer": "adamw", "lr": 1e-3},
+        {"ema": 0.5, "accumulate": 2, "class_weights": "balanced", "colour": 0.3},
+        {"freeze_bn": True, "save_every": 1, "workers": 1, "val_scale": 0.5},
+        {"val_split": "", "num_classes": 5, "scan": False},
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_options(data, tmp_path, options):
+    train(settings(data, epochs=1, **options), tmp_path / "run")
+    assert len(losses(tmp_path / "run")) == 3
+    assert (tmp_path / "run" / "best.safetensors").exists()
+
+
+def test_the_moving_average_is_what_is_kept(data, tmp_path):
+    for name, ema in (("plain", 0.0), ("frozen", 1.0)):
+        train(settings(data, epochs=1, val_split="", ema=ema), tmp_path / name)
+    plain, frozen = (load_file(tmp_path / name / "last.safetensors") for name in ("plain", "frozen"))
+    state = checkpoint.load_newest(tmp_path / "frozen" / "checkpoints", print)
+    assert all(torch.equal(value, state["model"][key]) for key, value in plain.items())
+    assert not torch.equal(plain["classifier.weight"], frozen["classifier.weight"])
+
+
+def test_accumulation_changes_nothing(data, tmp_path):
+    """With batch norm frozen and no dropout, parts of a step add up to the whole."""
+    for name, accumulate in (("whole", 1), ("parts", 3)):
+        wanted = settings(data, batch=4, freeze_bn=True, dropout=0.0, precision="float64", accumulate=accumulate)
+        train(wanted, tmp_path / name)
+    assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), rel=1e-10)
+
+
+def test_compiled(data, tmp_path):
+    wanted = settings(data, epochs=1, val_split="", dropout=0.0, batch=1)
+    train(wanted, tmp_path / "eager")
+    train(dataclasses.replace(wanted, compile=True), tmp_path / "compiled")
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "eager"), rel=1e-2)
+
+
+# -- several ranks ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
+def test_two_ranks_are_one_process_with_the_whole_batch(data, tmp_path):
+    """20 steps in float64, an odd image left for one rank in the last batch of each epoch; metrics are summed, too."""
+    options = {"epochs": 7, "batch": 2, "dropout": 0.0, "freeze_bn": True, "precision": "float64"}
+    wanted = settings(data, **options)  # 5 images in batches of 2, 2, 1
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "REFINENET_FAST_BACKEND": "reference"}
+    alone = processes().Process(target=train_quietly, args=(wanted, tmp_path / "one", False, environment))
+    ranks = [
+        processes().Process(
+            target=train_quietly,
+            args=(
+                wanted,
+                tmp_path / "two",
+                False,
+                environment | {"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": "2"},
+            ),
+        )
+        for r in range(2)
+    ]
+    for process in (alone, *ranks):
+        process.start()
+    for process in (alone, *ranks):
+        process.join(240)
+        assert process.exitcode == 0
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert len(one) == 21 and one[0] != one[-1]
+    assert two == pytest.approx(one, rel=0, abs=1e-8)
+    scored = [[row["pixel_accuracy"] for row in log(tmp_path / n) if row["miou"]] for n in ("one", "two")]
+    assert scored[0] == scored[1] and len(scored[0]) == 7
+
+
+# -- interruptions ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(data, tmp_path_factory) -> tuple[TrainSettings, Path, float]:
+    """A run that nothing stops, and how long it takes; dropout, live batch norm and a moving average are on."""
+    wanted = settings(data, epochs=3, save_every=1, ema=0.9)
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    began = time.perf_counter()
+    process = processes().Process(target=train_quietly, args=(wanted, out))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    return wanted, out, time.perf_counter() - began
+
+
+@pytest.mark.parametrize("number", range(KILLS))
+def test_killed_at_a_random_moment_it_resumes_to_the_same_bits(uninterrupted, tmp_path, number):
+    """6 moments; REFINENET_FAST_KILLS=20 takes 20."""
+    wanted, whole, seconds = uninterrupted
+    process = processes().Process(target=train_quietly, args=(wanted, tmp_path / "run"))
+    process.start()
+    time.sleep(seconds * (number + random.random()) / KILLS)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    for file in (tmp_path / "run" / "checkpoints").glob("*.pt"):
+        assert torch.load(file, weights_only=True)["step"] > 0
+    again = processes().Process(target=train_quietly, args=(wanted, tmp_path / "run", True))
+    again.start()
+    again.join()
+    assert again.exitcode == 0
+    assert_same_weights(tmp_path / "run", whole)
+    assert losses(tmp_path / "run") == losses(whole)
+
+
+def test_stopped_within_an_epoch_it_resumes_there(data, tmp_path, monkeypatch):
+    """In one process, by an error after the fourth step: faster than a kill, and always at the same place."""
+    wanted = settings(data, epochs=3, save_every=2)
+    train(wanted, tmp_path / "whole")
+    saved, stops = checkpoint.save, iter([False, False, True])
+
+    def save_or_stop(folder: Path, step: int, state: dict) -> Path:
+        if next(stops):
+            raise KeyboardInterrupt
+        return saved(folder, step, state)
+
+    monkeypatch.setattr(checkpoint, "save", save_or_stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(wanted, tmp_path / "run")
+    monkeypatch.setattr(checkpoint, "save", saved)
+    said: list[str] = []
+    train(wanted, tmp_path / "run", resume=True, say=said.append)
+    assert "resumed after step 3 of 9" in said
+    assert_same_weights(tmp_path / "run", tmp_path / "whole")
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+def test_a_damaged_checkpoint_is_passed_over(data, tmp_path):
+    wanted = settings(data)
+    train(wanted, tmp_path / "run")
+    kept = load_file(tmp_path / "run" / "last.safetensors")
+    newest = tmp_path / "run" / "checkpoints" / "step-00000006.pt"
+    newest.write_bytes(newest.read_bytes()[:1000])
+    said: list[str] = []
+    train(wanted, tmp_path / "run", resume=True, say=said.append)
+    assert (
+        any("step-00000006.pt: expected a checkpoint" in line for line in said) and "resumed after step 3 of 6" in said
+    )
+    assert all(torch.equal(v, kept[k]) for k, v in load_file(tmp_path / "run" / "last.safetensors").items())
+    for file in newest.parent.iterdir():
+        file.write_bytes(b"")
+    with pytest.raises(BadInput, match=r"step-00000003\.pt: expected a checkpoint"):
+        train(wanted, tmp_path / "run", resume=True)
+
+
+def test_a_checkpoint_runs_no_code(tmp_path):
+    class Attack:
+        def __reduce__(self) -> tuple:
+            return os.mkdir, (str(tmp_path / "attacked"),)
+
+    torch.save({"step": 1, "model": Attack()}, tmp_path / "step-00000001.pt")
+    with pytest.raises(BadInput):
+        checkpoint.load_newest(tmp_path, print)
+    assert not (tmp_path / "attacked").exists()
+
+
+def test_a_full_disk_stops_the_run_and_the_last_checkpoint_loads(data, tmp_path, monkeypatch):
+    import errno
+
+    wanted, saves = settings(data), []
+    synced = os.fsync
+
+    def full_after_a_while(descriptor: int) -> None:
+        saves.append(descriptor)
+        if len(saves) > 9:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        synced(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full_after_a_while)
+    with pytest.raises(BadInput, match="cannot be written: the disk is full"):
+        train(wanted, tmp_path / "run")
+    monkeypatch.setattr(os, "fsync", synced)
+    assert checkpoint.load_newest(tmp_path / "run" / "checkpoints", print)["step"] == 3
+    assert not list(tmp_path.rglob("*.partial"))
+    train(wanted, tmp_path / "run", resume=True)
+
+
+def test_every_random_state_comes_back():
+    import numpy as np
+
+    def draw() -> tuple:
+        return random.random(), np.random.rand(), np.random.randn(), torch.rand(()).item()
+
+    np.random.randn()  # leaves the second of a pair behind
+    state = checkpoint.random_state()
+    first = draw()
+    checkpoint.set_random_state(state)
+    assert draw() == first
+
+
+# -- what is refused ----------------------------------------------------------------------------------------------
+
+
+def test_a_folder_that_holds_a_run_needs_a_word(data, tmp_path):
+    wanted = settings(data, epochs=1)
+    train(wanted, tmp_path / "run")
+    before = {f: f.read_bytes() for f in (tmp_path / "run").rglob("*") if f.is_file()}
+    with pytest.raises(BadInput, match="holds a run; --resume goes on with it, --overwrite replaces it"):
+        train(wanted, tmp_path / "run")
+    with pytest.raises(BadInput, match="lr: expected 0.05, as the run in .* has, got 1.0"):
+        train(dataclasses.replace(wanted, lr=1.0), tmp_path / "run", resume=True)
+    with pytest.raises(BadInput, match=r"there is none"):
+        train(settings(tmp_path / "no-data"), tmp_path / "run", overwrite=True)
+    assert before == {f: f.read_bytes() for f in (tmp_path / "run").rglob("*") if f.is_file()}
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    train(dataclasses.replace(wanted, epochs=1, lr=0.01), tmp_path / "run", overwrite=True)
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+
+
+def test_weights_of_another_network_are_named(data, tmp_path):
+    arguments = {"trunk": "test_resnet", "width": 16, "deep_width": 16}
+    model = RefineNet(5, **arguments)
+    save_model(tmp_path / "other.safetensors", model, Description(arguments, list("abcde"), [0.5] * 3, [0.5] * 3))
+    with pytest.raises(BadInput, match=r"\d+ keys that differ: .*weight is \(\d+.*expected \(") as error:
+        train(settings(data, weights=tmp_path / "other.safetensors"), tmp_path / "run")
+    assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+    with pytest.raises(BadInput, match=r"num_classes: expected 5, as .* has, got 7"):
+        load_model(tmp_path / "other.safetensors", num_classes=7)
+    (tmp_path / "other.safetensors").write_bytes(b"nothing")
+    with pytest.raises(BadInput, match="expected a model file that"):
+        load_model(tmp_path / "other.safetensors")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path):
+    with pytest.raises(BadInput, match=r"step \d+: expected a finite loss, got (nan|inf); a lower --lr may help"):
+        train(settings(data, lr=1e30, epochs=4), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"lr": -1.0}, "lr: expected more than 0, got -1.0"),
+        ({"batch": 0}, "batch: expected 1 or more, got 0"),
+        ({"optimizer": "lion"}, "optimizer: expected one of sgd, adamw, got 'lion'"),
+        ({"scales": (2.0, 1.0)}, r"scales: expected two positive factors, the smaller first, got \(2.0, 1.0\)"),
+        ({"device": "abacus"}, "device: expected auto, cpu, cuda or cuda:<n>, got 'abacus'"),
+        ({"trunk": "resnet19"}, "trunk: expected the name of a timm model, got 'resnet19'; similar names"),
+        ({"num_classes": 3}, "num_classes: expected 5, as many as the data set names, got 3"),
+        ({"class_weights": "balanced", "scan": False}, "class_weights: expected none where masks are not scanned"),
+    ],
+)
+def test_settings_that_cannot_be(data, tmp_path, options, message):
+    with pytest.raises(BadInput, match=message) as error:
+        train(settings(data, **options), tmp_path / "run")
+    assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+
+
+def test_without_a_scan_a_wrong_value_is_named_when_it_is_read(tmp_path):
+    import numpy as np
+    from PIL import Image
+
+    data = samples(tmp_path / "samples", train=2, val=1)
+    mask = data / "masks" / "train" / "001.png"
+    Image.fromarray(np.full_like(np.array(Image.open(mask)), 200)).save(mask)
+    with pytest.raises(BadInput, match=r"001\.png: expected classes 0 to 4, or 255 where unlabelled, got 200"):
+        train(settings(data, scan=False, workers=1), tmp_path / "run")
