@@ -6,7 +6,6 @@ import csv
 import dataclasses
 import os
 import random
-import signal
 import socket
 import time
 from pathlib import Path
@@ -49,6 +48,10 @@ def losses(run: Path) -> list[float]:
     return [float(row["loss"]) for row in log(run) if row["loss"]]
 
 
+def names(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.iterdir())
+
+
 def assert_same_weights(one: Path, other: Path) -> None:
     ours, theirs = load_file(one / "last.safetensors"), load_file(other / "last.safetensors")
     assert ours.keys() == theirs.keys()
@@ -68,18 +71,17 @@ def test_a_run_and_what_it_leaves(data, tmp_path):
     rows = log(tmp_path / "run")
     assert [row["step"] for row in rows if row["loss"]] == ["1", "2", "3", "4", "5", "6"]
     assert [row["epoch"] for row in rows if row["miou"]] == ["1", "2"]
-    assert [f.name for f in sorted((tmp_path / "run" / "previews").iterdir())] == ["epoch-0001.png", "epoch-0002.png"]
-    assert sorted(f.name for f in (tmp_path / "run" / "checkpoints").iterdir()) == [
-        "step-00000003.pt",
-        "step-00000006.pt",
-    ]
+    assert names(tmp_path / "run" / "previews") == ["epoch-0001.png", "epoch-0002.png"]
+    assert names(tmp_path / "run" / "checkpoints") == ["step-00000003.pt", "step-00000006.pt"]
     model, description = load_model(tmp_path / "run")
     assert not model.training and description.class_names == ["ground", "disc", "square", "triangle", "bar"]
     assert TrainSettings.from_json(read_json(tmp_path / "run" / "settings.json")) == settings(data)
 
 
 def test_it_learns(data, tmp_path):
-    train(settings(data, epochs=25, batch=5, dropout=0.0, trunk_scale=1.0, lr=0.1), tmp_path / "run")
+    train(
+        settings(data, epochs=25, batch=5, dropout=0.0, trunk_scale=1.0, optimizer="adamw", lr=2e-3), tmp_path / "run"
+    )
     found = losses(tmp_path / "run")
     assert sum(found[-5:]) / 5 < 0.6 * found[0], found
 
@@ -118,11 +120,12 @@ def test_accumulation_changes_nothing(data, tmp_path):
     assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), rel=1e-10)
 
 
-def test_compiled(data, tmp_path):
-    wanted = settings(data, epochs=1, val_split="", dropout=0.0, batch=1)
-    train(wanted, tmp_path / "eager")
-    train(dataclasses.replace(wanted, compile=True), tmp_path / "compiled")
-    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "eager"), rel=1e-2)
+def test_compiled(data, tmp_path, monkeypatch):
+    """That compiled networks learn, tests/test_training.py shows; here, that it is the one that runs."""
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
+    train(settings(data, epochs=1, val_split="", compile=True), tmp_path / "run")
+    assert len(compiled) == 1
 
 
 # -- several ranks ------------------------------------------------------------------------------------------------
@@ -138,18 +141,10 @@ def test_two_ranks_are_one_process_with_the_whole_batch(data, tmp_path):
         port = free.getsockname()[1]
     environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "REFINENET_FAST_BACKEND": "reference"}
     alone = processes().Process(target=train_quietly, args=(wanted, tmp_path / "one", False, environment))
-    ranks = [
-        processes().Process(
-            target=train_quietly,
-            args=(
-                wanted,
-                tmp_path / "two",
-                False,
-                environment | {"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": "2"},
-            ),
-        )
-        for r in range(2)
-    ]
+    ranks = []
+    for rank in ("0", "1"):
+        own = environment | {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
+        ranks.append(processes().Process(target=train_quietly, args=(wanted, tmp_path / "two", False, own)))
     for process in (alone, *ranks):
         process.start()
     for process in (alone, *ranks):
@@ -170,6 +165,9 @@ def uninterrupted(data, tmp_path_factory) -> tuple[TrainSettings, Path, float]:
     """A run that nothing stops, and how long it takes; dropout, live batch norm and a moving average are on."""
     wanted = settings(data, epochs=3, save_every=1, ema=0.9)
     out = tmp_path_factory.mktemp("runs") / "whole"
+    warm = processes().Process(target=int)  # everything is imported once
+    warm.start()
+    warm.join()
     began = time.perf_counter()
     process = processes().Process(target=train_quietly, args=(wanted, out))
     process.start()
@@ -185,7 +183,7 @@ def test_killed_at_a_random_moment_it_resumes_to_the_same_bits(uninterrupted, tm
     process = processes().Process(target=train_quietly, args=(wanted, tmp_path / "run"))
     process.start()
     time.sleep(seconds * (number + random.random()) / KILLS)
-    os.kill(process.pid, signal.SIGKILL)
+    process.kill()  # SIGKILL, if it still runs
     process.join()
     for file in (tmp_path / "run" / "checkpoints").glob("*.pt"):
         assert torch.load(file, weights_only=True)["step"] > 0
@@ -227,9 +225,8 @@ def test_a_damaged_checkpoint_is_passed_over(data, tmp_path):
     newest.write_bytes(newest.read_bytes()[:1000])
     said: list[str] = []
     train(wanted, tmp_path / "run", resume=True, say=said.append)
-    assert (
-        any("step-00000006.pt: expected a checkpoint" in line for line in said) and "resumed after step 3 of 6" in said
-    )
+    assert any("step-00000006.pt: expected a checkpoint" in line for line in said)
+    assert "resumed after step 3 of 6" in said
     assert all(torch.equal(v, kept[k]) for k, v in load_file(tmp_path / "run" / "last.safetensors").items())
     for file in newest.parent.iterdir():
         file.write_bytes(b"")
@@ -291,7 +288,7 @@ def test_a_folder_that_holds_a_run_needs_a_word(data, tmp_path):
     before = {f: f.read_bytes() for f in (tmp_path / "run").rglob("*") if f.is_file()}
     with pytest.raises(BadInput, match="holds a run; --resume goes on with it, --overwrite replaces it"):
         train(wanted, tmp_path / "run")
-    with pytest.raises(BadInput, match="lr: expected 0.05, as the run in .* has, got 1.0"):
+    with pytest.raises(BadInput, match=r"lr: expected 0.05, as the run in .* has, got 1.0"):
         train(dataclasses.replace(wanted, lr=1.0), tmp_path / "run", resume=True)
     with pytest.raises(BadInput, match=r"there is none"):
         train(settings(tmp_path / "no-data"), tmp_path / "run", overwrite=True)
@@ -302,10 +299,10 @@ def test_a_folder_that_holds_a_run_needs_a_word(data, tmp_path):
 
 
 def test_weights_of_another_network_are_named(data, tmp_path):
-    arguments = {"trunk": "test_resnet", "width": 16, "deep_width": 16}
+    arguments = {"trunk": "test_resnet", "width": 16, "deep_width": 16, "crp_stages": 4}
     model = RefineNet(5, **arguments)
     save_model(tmp_path / "other.safetensors", model, Description(arguments, list("abcde"), [0.5] * 3, [0.5] * 3))
-    with pytest.raises(BadInput, match=r"\d+ keys that differ: .*weight is \(\d+.*expected \(") as error:
+    with pytest.raises(BadInput, match=r"\d+ keys that differ: .*weight is \(16, .*, expected \(8, ") as error:
         train(settings(data, weights=tmp_path / "other.safetensors"), tmp_path / "run")
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
     with pytest.raises(BadInput, match=r"num_classes: expected 5, as .* has, got 7"):
@@ -327,6 +324,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path):
         ({"batch": 0}, "batch: expected 1 or more, got 0"),
         ({"optimizer": "lion"}, "optimizer: expected one of sgd, adamw, got 'lion'"),
         ({"scales": (2.0, 1.0)}, r"scales: expected two positive factors, the smaller first, got \(2.0, 1.0\)"),
+        ({"crop": (32, 32)}, "crop: expected more than 32 pixels where batch norm is not frozen, got"),
         ({"device": "abacus"}, "device: expected auto, cpu, cuda or cuda:<n>, got 'abacus'"),
         ({"trunk": "resnet19"}, "trunk: expected the name of a timm model, got 'resnet19'; similar names"),
         ({"num_classes": 3}, "num_classes: expected 5, as many as the data set names, got 3"),

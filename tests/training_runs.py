@@ -28,7 +28,7 @@ def settings(data: Path, **options: Any) -> TrainSettings:
         "width": 8,
         "deep_width": 8,
         "dropout": 0.1,
-        "crop": (32, 32),
+        "crop": (40, 40),
         "epochs": 2,
         "batch": 2,
         "workers": 0,

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from refinenet_fast.backends import table
-from refinenet_fast.training.files import BadInput, write_whole
+from refinenet_fast.training.files import BadInput, first_line, write_whole
 
 KEPT = 2  # the second newest is there in case the disk, not the process, damages the newest
 _NAME = re.compile(r"step-(\d+)\.pt")
@@ -47,7 +47,7 @@ def load_newest(folder: Path, warn: Callable[[str], object]) -> dict[str, Any] |
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-            problem = f"{path}: expected a checkpoint, got {str(error).splitlines()[0]}"
+            problem = f"{path}: expected a checkpoint, got {first_line(error)}"
             warn(f"{problem}; the one before it is taken")
     if problem:
         raise BadInput(problem)

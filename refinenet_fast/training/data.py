@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from refinenet_fast.training.files import BadInput, images_below, read_image, read_mask
+from refinenet_fast.training.files import BadInput, first_line, images_below, read_image, read_mask
 
 Key = tuple[int, int, bool]  # epoch, index, whether its labels count
 
@@ -122,8 +122,7 @@ def _torchvision(root: Path, layout: str, make: Callable[[], Any]) -> Any:
     try:
         return make()
     except (RuntimeError, ValueError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise BadInput(f"{root}: expected torchvision's layout of {layout}, got {reason}") from error
+        raise BadInput(f"{root}: expected torchvision's layout of {layout}, got {first_line(error)}") from error
 
 
 def _voc_names() -> list[str]:

@@ -56,7 +56,9 @@ def evaluate(
     num_classes = segment.description.num_classes
     matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64)
     mine = range(rank, len(split), world)
-    loader: Iterable[Any] = DataLoader(WholeImages(split, mine), batch_size=None, num_workers=workers)
+    loader: Iterable[Any] = DataLoader(
+        WholeImages(split, mine), batch_size=None, num_workers=workers, generator=torch.Generator()
+    )
     for index, sample in zip(mine, progress(loader, len(mine))):
         if isinstance(sample, BadInput):
             raise sample

@@ -25,6 +25,12 @@ class BadInput(Exception):
     """What the user gave cannot be used. The message is one line, and is shown without a traceback."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def images_below(folder: Path) -> list[Path]:
     """Every image file in ``folder`` and its subfolders, sorted.
 
@@ -86,7 +92,7 @@ def _opened(path: Path, modes: tuple[str, ...], expected: str) -> Iterator[Image
     except PermissionError as error:
         raise BadInput(f"{path}: expected a file that can be read, got no permission to") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow raises all of them
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise BadInput(f"{path}: expected an image, got a file that cannot be decoded ({reason})") from error
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -122,6 +123,8 @@ class Trainer:
     # -- training -------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
+        # Where float16 overflows, the scaler leaves a step of the optimizer out, and the scheduler goes on.
+        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
         self.model.train()
         began = time.perf_counter()
         for images, labels in self.progress("train", self._batches(), self.steps - self.step):
@@ -157,6 +160,7 @@ class Trainer:
             collate_fn=collate,
             num_workers=default_workers(group) if s.workers is None else s.workers,
             pin_memory=group.device.type == "cuda",
+            generator=torch.Generator(),  # the seed of its workers, drawn where it begins, is none of dropout's numbers
         )
         began = time.perf_counter()
         for batch in loader:

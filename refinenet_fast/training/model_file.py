@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from refinenet_fast.model import RefineNet
-from refinenet_fast.training.files import BadInput, write_whole
+from refinenet_fast.training.files import BadInput, first_line, write_whole
 
 KEY = "refinenet_fast"  # of the description in the header
 BEST, LAST = "best.safetensors", "last.safetensors"
@@ -98,7 +98,7 @@ def read_model(path: Path) -> tuple[dict[str, Tensor], Description]:
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no dict
         return state, Description(**json.loads(header))
     except (SafetensorError, OSError, TypeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise BadInput(
             f"{path}: expected a model file that `refinenet-fast train` has written, got {reason}"
         ) from error

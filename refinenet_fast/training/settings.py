@@ -97,6 +97,8 @@ class TrainSettings:
                 raise BadInput(f"{name}: expected a fraction from 0 to 1, got {getattr(self, name)}")
         if min(self.crop) < 1:
             raise BadInput(f"crop: expected two positive sizes, got {self.crop}")
+        if max(self.crop) <= 32 and not self.network()["freeze_bn"]:  # one value a channel where maps are deepest
+            raise BadInput(f"crop: expected more than 32 pixels where batch norm is not frozen, got {self.crop}")
         if not 0 < self.scales[0] <= self.scales[1]:
             raise BadInput(f"scales: expected two positive factors, the smaller first, got {self.scales}")
 
