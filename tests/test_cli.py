@@ -18,6 +18,7 @@ pytest.importorskip("timm")
 from PIL import Image
 
 from refinenet_fast import cli
+from refinenet_fast.backends import table
 from refinenet_fast.training.settings import TrainSettings, option_types
 from training_runs import samples
 
@@ -171,7 +172,17 @@ def test_every_setting_is_an_option_with_a_meaning(command):
     assert TrainSettings.from_json(TrainSettings(Path("x")).to_json()) == TrainSettings(Path("x"))
 
 
-def test_doctor_and_tune(command, tmp_path, monkeypatch):
+@pytest.fixture
+def own_tables(tmp_path, monkeypatch):
+    """What is tuned here decides no other test."""
+    monkeypatch.setenv("REFINENET_FAST_TABLES", str(tmp_path))
+    table.reload()
+    yield
+    monkeypatch.undo()
+    table.reload()
+
+
+def test_doctor_and_tune(command, own_tables):
     code, out, _ = command("doctor")
     assert code == 0
     for expected in ("torch", "reference", "cuda", "cxx_compiler"):

@@ -60,24 +60,24 @@ def _newest_first(folder: Path) -> list[Path]:
 
 
 def random_state() -> dict[str, Any]:
-    """Every state that random numbers come from: Python's, NumPy's, PyTorch's on the CPU and on each GPU."""
+    """Every state that random numbers come from: Python's, NumPy's, PyTorch's on the CPU and on this process's GPU."""
     name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     return {
         "python": random.getstate(),
         "numpy": (name, torch.from_numpy(np.array(keys)).to(torch.int64), position, has_gauss, gauss),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
     }
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """What :func:`random_state` gave; a GPU that is not here is left out."""
+    """What :func:`random_state` gave; a GPU's, where there is one."""
     random.setstate(state["python"])
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"])
-    for device, generator in enumerate(state["cuda"][: torch.cuda.device_count()]):
-        torch.cuda.set_rng_state(generator, device)
+    if state["cuda"] is not None and torch.cuda.is_initialized():
+        torch.cuda.set_rng_state(state["cuda"])
 
 
 def tables_hash() -> str:

@@ -18,6 +18,7 @@ from torch import Tensor
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 IMAGE_MODES = ("RGB", "L", "P", "1")
 MASK_MODES = ("P", "L", "1", "I;16")
+PARTIAL = ".partial"  # of a file that is being written
 _ORIENTATION = 0x0112  # EXIF's tag
 
 
@@ -104,7 +105,7 @@ def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     Raises:
         BadInput: The disk is full, or it cannot be written; ``path`` is as it was.
     """
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as file:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from refinenet_fast.training.files import BadInput, read_json, write_json, write_whole
+from refinenet_fast.training.files import PARTIAL, BadInput, read_json, write_json, write_whole
 from refinenet_fast.training.model_file import BEST, LAST
 from refinenet_fast.training.settings import FREE, TrainSettings
 
@@ -67,11 +67,13 @@ class RunFolder:
             self._check_same(settings)
 
     def claim(self, settings: TrainSettings, resume: bool, overwrite: bool) -> None:
-        """Make the folder this run's.
+        """Make the folder this run's, without what a killed run has left half-written.
 
         Raises:
             BadInput: It cannot be written.
         """
+        for partial in self.path.rglob(f"*{PARTIAL}"):
+            partial.unlink()
         if resume and self.settings.exists():
             return
         if overwrite:
