@@ -253,7 +253,7 @@ def predict(
 @app.command()
 def sample_data(
     folder: Annotated[Path, typer.Argument(help="A new folder.")],
-    train: Annotated[int, typer.Option(help="Images to train on.", min=1)] = 24,
+    train: Annotated[int, typer.Option(help="Images to train on.", min=1)] = 32,
     val: Annotated[int, typer.Option(help="Images to validate on.", min=1)] = 8,
     height: Annotated[int, typer.Option(min=1)] = 96,
     width: Annotated[int, typer.Option(min=1)] = 128,

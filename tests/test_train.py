@@ -195,15 +195,17 @@ def test_killed_at_a_random_moment_it_resumes_to_the_same_bits(uninterrupted, tm
     assert losses(tmp_path / "run") == losses(whole)
 
 
-def test_stopped_within_an_epoch_it_resumes_there(data, tmp_path, monkeypatch):
-    """In one process, by an error after the fourth step: faster than a kill, and always at the same place."""
+@pytest.mark.parametrize("saves", [0, 2])
+def test_stopped_before_it_saves_it_resumes_from_the_save_before(data, tmp_path, monkeypatch, saves):
+    """In one process, by an error: faster than a kill, and always at the same place."""
     wanted = settings(data, epochs=3, save_every=2)
     train(wanted, tmp_path / "whole")
-    saved, stops = checkpoint.save, iter([False, False, True])
+    saved, done = checkpoint.save, []
 
     def save_or_stop(folder: Path, step: int, state: dict) -> Path:
-        if next(stops):
+        if len(done) == saves:
             raise KeyboardInterrupt
+        done.append(step)
         return saved(folder, step, state)
 
     monkeypatch.setattr(checkpoint, "save", save_or_stop)
@@ -212,7 +214,7 @@ def test_stopped_within_an_epoch_it_resumes_there(data, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "save", saved)
     said: list[str] = []
     train(wanted, tmp_path / "run", resume=True, say=said.append)
-    assert "resumed after step 3 of 9" in said
+    assert ("resumed after step 3 of 9" in said) == (saves == 2)
     assert_same_weights(tmp_path / "run", tmp_path / "whole")
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
 
@@ -288,7 +290,7 @@ def test_a_folder_that_holds_a_run_needs_a_word(data, tmp_path):
     before = {f: f.read_bytes() for f in (tmp_path / "run").rglob("*") if f.is_file()}
     with pytest.raises(BadInput, match="holds a run; --resume goes on with it, --overwrite replaces it"):
         train(wanted, tmp_path / "run")
-    with pytest.raises(BadInput, match=r"lr: expected 0.05, as the run in .* has, got 1.0"):
+    with pytest.raises(BadInput, match=r"lr: expected 0.005, as the run in .* has, got 1.0"):
         train(dataclasses.replace(wanted, lr=1.0), tmp_path / "run", resume=True)
     with pytest.raises(BadInput, match=r"there is none"):
         train(settings(tmp_path / "no-data"), tmp_path / "run", overwrite=True)

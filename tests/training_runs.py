@@ -34,7 +34,7 @@ def settings(data: Path, **options: Any) -> TrainSettings:
         "workers": 0,
         "device": "cpu",
         "log_every": 1,
-        "lr": 0.05,
+        "lr": 0.005,
     }
     return TrainSettings(data, **{**small, **options})
 

@@ -289,6 +289,8 @@ class Trainer:
     def _restore(self) -> None:
         """Go on from the newest checkpoint, if there is one."""
         state = checkpoint.load_newest(self.folder.checkpoints, self.say)
+        if self.group.first:
+            self.folder.cut_log(0 if state is None else state["step"])
         if state is None:
             return
         if state["order"]["images"] != [p.name for p in self.data.train.images]:
@@ -305,8 +307,6 @@ class Trainer:
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         checkpoint.set_random_state(state["random"][self.group.rank])
-        if self.group.first:
-            self.folder.cut_log(self.step)
         self.say(f"resumed after step {self.step} of {self.steps}")
 
 

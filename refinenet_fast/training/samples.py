@@ -12,16 +12,16 @@ from refinenet_fast.training.files import BadInput
 from refinenet_fast.training.pictures import palette, save_image, save_mask
 
 CLASSES = ("ground", "disc", "square", "triangle", "bar")
+COLOURS = ((120, 120, 110), (190, 80, 70), (70, 150, 80), (70, 90, 190), (200, 180, 70))
 IGNORED = 255
 
 
 def write_samples(
-    folder: Path, train: int = 24, val: int = 8, size: tuple[int, int] = (96, 128), seed: int = 0
+    folder: Path, train: int = 32, val: int = 8, size: tuple[int, int] = (96, 128), seed: int = 0
 ) -> None:
     """Write images, masks and ``classes.txt``; the same seed gives the same pixels.
 
-    Shapes differ in form, not in colour, so that a network has to look around each pixel; their
-    outlines are unlabelled.
+    Each class has a colour, from which each shape strays; their outlines are unlabelled.
 
     Raises:
         BadInput: ``folder`` is not empty, or cannot be written.
@@ -45,19 +45,23 @@ def scene(
     mask = Image.new("L", (width, height))
     draw = ImageDraw.Draw(mask)
     colours = np.empty((height, width, 3))
-    colours[:] = generator.uniform(40, 215, 3)
-    for label in generator.integers(1, len(CLASSES), size=generator.integers(2, 6)):
+    colours[:] = _colour(generator, 0)
+    for label in generator.integers(1, len(CLASSES), size=generator.integers(3, 8)):
         before = np.array(mask)
-        radius = generator.uniform(0.1, 0.25) * min(size)
+        radius = generator.uniform(0.15, 0.35) * min(size)
         x, y = generator.uniform(0, width), generator.uniform(0, height)
         _draw(draw, int(label), x, y, radius, generator.uniform(0, 2 * math.pi))
-        colours[(np.array(mask) != before)] = generator.uniform(40, 215, 3)
+        colours[np.array(mask) != before] = _colour(generator, label)
     labels = np.array(mask)
     edges = np.zeros_like(labels, dtype=bool)
     edges[1:] |= labels[1:] != labels[:-1]
     edges[:, 1:] |= labels[:, 1:] != labels[:, :-1]
     image = colours + generator.normal(0, 12, colours.shape)
     return image.clip(0, 255).astype(np.uint8), np.where(edges, IGNORED, labels).astype(np.uint8)
+
+
+def _colour(generator: np.random.Generator, label: int) -> np.ndarray:  # (3,)
+    return np.array(COLOURS[label]) + generator.normal(0, 25, 3)
 
 
 def _draw(draw: ImageDraw.ImageDraw, label: int, x: float, y: float, radius: float, angle: float) -> None:
