@@ -30,7 +30,8 @@ from refinenet_fast.backends import WayOut, launches
 from refinenet_fast.backends.ahead import compile_ahead
 from refinenet_fast.backends.base import PLAIN_OUT
 from refinenet_fast.backends.configurations import A100, B200, H100, Configuration, Problem, candidates, choose
-from refinenet_fast.backends.launches import Launch
+from refinenet_fast.backends.operands import pack_weight
+from sass import TENSOR, disassembled, instructions_of, main_loop, usage
 
 ARCHITECTURES = {80: A100, 90: H100, 100: B200}
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -94,7 +95,7 @@ class Case:
     shape: Shape
     dtype: torch.dtype
     capability: int
-    launch: Launch
+    launch: launches.Launch
     configuration: Configuration | None = None
 
 
@@ -134,7 +135,7 @@ def convolutions(
     x, y = (maps(shape.n, c, shape.h, shape.w, dtype) for c in (shape.c, shape.k))
     way = ways(y)[name]
     kc = (shape.c, shape.k) if way.rotated else (shape.k, shape.c)
-    packed = launches.pack(torch.empty((*kc, shape.r, shape.r), device="meta"), dtype, way.rotated)
+    packed = pack_weight(torch.empty((*kc, shape.r, shape.r), device="meta"), dtype, way.rotated)
     relued, label = y if way.relued else None, name + f", {launches.precision(tf32)}" * (dtype == FP32)
     found = []
     problem = launches.problem_of(x, packed.shape[1], packed.shape[0], tf32)
@@ -228,8 +229,6 @@ class Code:
         return ", ".join(sorted({_operand_a(text) for text in self.loop if TENSOR.match(text)}))
 
 
-TENSOR = re.compile(r"(?:[HIQ]G?MMA|UTC\w*MMA)\b")
-INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?\w+ )?\s*([^;]*\S)\s*;", re.M)
 STATISTICS = re.compile(r"bytes gmem|Compiling entry|Function properties|stack frame|Used \d+ reg|Compile time|^\s*$")
 
 
@@ -244,24 +243,16 @@ def read(case: Case) -> Code:
     """Compiles and reads it."""
     compiled = compile_ahead(case.launch, case.capability)
     ptx, metadata = compiled.asm["ptx"], compiled.metadata
-    listing = disassembled(compiled.asm["cubin"])
-    registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", listing).groups())
-    instructions = [(int(address, 16), text) for address, text in INSTRUCTION.findall(listing)]
+    with tempfile.TemporaryDirectory() as folder:
+        (file := Path(folder, "kernel.cubin")).write_bytes(compiled.asm["cubin"])
+        listing = disassembled(file)
+    registers, memory = usage(listing)
+    instructions = instructions_of(listing)
     sass, loop = tuple(text for _, text in instructions), tuple(main_loop(instructions))
     copied = transactions(ptx, compiled.asm["ttgir"], metadata.tensordesc_meta or [], metadata.num_warps)
     triton = tuple(int(part) for part in version("triton").split(".")[:2])
-    memories = stack + local, metadata.shared, metadata.tmem_size or 0
+    memories = memory, metadata.shared, metadata.tmem_size or 0
     return Code(registers, *memories, sass, loop, copied, remarks(ptx, case.capability), triton)
-
-
-def disassembled(cubin: bytes) -> str:
-    """By the tool in Triton's own wheel."""
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.TemporaryDirectory() as folder:
-        (file := Path(folder, "kernel.cubin")).write_bytes(cubin)
-        return subprocess.run([tool, "-sass", "-res-usage", file], capture_output=True, text=True, check=True).stdout
 
 
 def remarks(ptx: str, capability: int) -> tuple[str, ...]:
@@ -274,17 +265,6 @@ def remarks(ptx: str, capability: int) -> tuple[str, ...]:
         command += [str(source), "-o", str(source.with_suffix(".cubin"))]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     return tuple(line for line in (done.stdout + done.stderr).splitlines() if not STATISTICS.search(line))
-
-
-def main_loop(instructions: list[tuple[int, str]]) -> list[str]:
-    """The smallest range with an instruction on tensor cores that a branch backwards closes, and no EXIT in it: behind
-    the EXIT ptxas puts the spinning on barriers, which branches back to where it came from."""
-    found: list[list[str]] = []
-    for address, text in instructions:
-        if target := re.search(r"\bBRA\b.*\b0x([0-9a-f]+)", text):
-            found.append([inner for at, inner in instructions if int(target[1], 16) <= at <= address])
-    loops = (body for body in found if "EXIT" not in body and any(map(TENSOR.match, body)))
-    return min(loops, key=len, default=[])
 
 
 def transactions(ptx: str, ttgir: str, tensor_maps: list[dict[str, Any]], warps: int) -> tuple[Transaction, ...]:

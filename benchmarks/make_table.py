@@ -9,6 +9,7 @@ Nothing else may run meanwhile. It may be stopped: what was measured is kept and
 import math
 import random
 import sys
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -24,9 +25,7 @@ MOST_UNLIKE = 4  # times as many channels on one side as on the other; 2048 goes
 SIDES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 13, 16, 17, 24, 33, 64, 128)
 KERNELS = (("cpu conv3x3", 9), ("cpu conv3x3", 1), ("cpu weight_grad", 9))
 MOST_FLOPS = {"float32": 4e10, "bfloat16": 2e9}  # of one call; without bfloat16 in hardware the vendor's is slow
-CLEARLY = (
-    1.05  # times slower than the best the vendor's may be and still be chosen: the shapes around differ by as much
-)
+CLEARLY = 1.05  # times as long as the best the vendor's may take and still be chosen: neighbours differ by as much
 KEEP = 20  # rows between two writes
 
 
@@ -43,7 +42,8 @@ def questions(dtype):
 
 
 def made(meta):
-    return {key: meta[key] for key in ("cpu", "threads", "torch", "command") if key in meta}
+    """How the rows can be had again; without what says nothing about a CPU."""
+    return {key: value for key, value in meta.items() if value is not None and key != "device"}
 
 
 def decided(row):
@@ -67,12 +67,12 @@ def make(dtypes, meta, folder):
 
 
 def random_question(generator, dtype):
-    """One that a network might ask: any channels, any map, one to four images."""
+    """One that a network might ask: any channels, any map, one to eight images."""
     kernel, taps = generator.choice(KERNELS)
     while True:
         c, k = (round(2 ** generator.uniform(3, 11)) for _ in range(2))
         h, w = (round(2 ** generator.uniform(0, 7.5)) for _ in range(2))
-        n = generator.choice((1, 1, 1, 2, 4))
+        n = generator.choice((1, 1, 1, 2, 8))
         if 2 * n * h * w * c * k * taps <= MOST_FLOPS[dtype]:
             return Question(_native._C.cpu_isa(), kernel, dtype, (n, h, w, c, k, taps))
 
@@ -106,14 +106,15 @@ def check(count, dtype, seed):
 
 def main():
     parser = options.Parser(description=__doc__.splitlines()[0])
-    options.add_machine_options(parser)
+    options.add_process_options(parser)
     parser.add_argument("--dtypes", type=options.names_from(MOST_FLOPS), default=["float32"], help="float32,bfloat16")
-    parser.add_argument("--folder", type=options.output_file, default=COMMITTED, help="of the table")
+    parser.add_argument("--folder", type=Path, default=COMMITTED, help="of the table")
     parser.add_argument(
         "--check", metavar="N", type=options.positive(int), help="measure N random shapes, write nothing"
     )
     parser.add_argument("--seed", type=int, default=0, help="of --check")
     args = parser.parse_args()
+    args.device = "cpu"
     _, meta = options.set_up_machine(parser, args)
     torch.manual_seed(0)
     if args.check:

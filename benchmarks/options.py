@@ -61,6 +61,12 @@ def add_machine_options(parser):
     """Where to run, and how the process is set up."""
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
+    add_process_options(parser)
+    parser.add_argument("--json", metavar="FILE", type=output_file, help="write every row to FILE")
+
+
+def add_process_options(parser):
+    """How the process is set up."""
     parser.add_argument("--threads", type=positive(int), help="CPU threads; default: PyTorch's")
     parser.add_argument(
         "--allocator",
@@ -68,7 +74,6 @@ def add_machine_options(parser):
         default="keep",
         help="keep: freed memory is reused without page faults; default: glibc's own setting",
     )
-    parser.add_argument("--json", metavar="FILE", type=output_file, help="write every row to FILE")
 
 
 def set_up_machine(parser, args):

@@ -11,6 +11,7 @@
 #include "build_info.h"
 #include "cpu/content_hash.h"
 #include "cpu/kernels.h"
+#include "cuda/plan.h"
 #ifdef REFINENET_FAST_WITH_CUDA
 #include "cuda/kernels.h"
 #endif
@@ -89,6 +90,53 @@ void weight_grad(Address x, Address gy, Address gw, const std::array<int64_t, 4>
   cpu::kernels().weight_grad(p, threads);
 }
 
+// Of the CUDA products the sizes are N, H, W, C, K; `add` holds those that are added as they are, then the others.
+
+using Sizes = std::array<int64_t, 5>;
+
+cuda::PackedConvolution packed_convolution(Address x, Address weights, Address y, Address relued, Address bias,
+                                           Address select, const std::vector<Address>& add, int raw_adds, Address low,
+                                           int64_t low_h, int64_t low_w, bool align_corners, bool relu_out,
+                                           const Sizes& sizes, int side, int dtype, bool exact, bool turned,
+                                           bool relu_in, int tile) {
+  const auto [n, h, w, c, k] = sizes;
+  if (add.size() > cuda::kMostAdds) throw py::value_error("add: expected 8 tensors at most");
+  cuda::WayOut out{};
+  out.y = at<void>(y);
+  out.relued = at<void>(relued);
+  out.bias = at<float>(bias);
+  out.select = at<void>(select);
+  for (size_t i = 0; i < add.size(); ++i) out.add[i] = at<void>(add[i]);
+  out.low = at<void>(low);
+  out.rows = {low_h, h, align_corners};
+  out.columns = {low_w, w, align_corners};
+  out.adds = static_cast<int>(add.size());
+  out.raw_adds = raw_adds;
+  out.relu = relu_out;
+  return {at<void>(x), at<void>(weights), out, {n, h, w, c}, k, side, DType(dtype), tile, exact, turned, relu_in};
+}
+
+cuda::PackedWeightGrad packed_weight_grad(Address x, Address gy, Address parts, Address gw,
+                                          const std::array<int64_t, 3>& strides, const Sizes& sizes, int side,
+                                          int splits, int dtype, int gw_dtype, bool exact, bool relu_in, int tile) {
+  const auto [n, h, w, c, k] = sizes;
+  const auto [along_k, along_c, along_taps] = strides;
+  return {at<void>(x),
+          at<void>(gy),
+          at<float>(parts),
+          at<void>(gw),
+          {along_k, along_c, along_taps},
+          {n, h, w, c},
+          k,
+          side,
+          splits,
+          DType(dtype),
+          DType(gw_dtype),
+          tile,
+          exact,
+          relu_in};
+}
+
 // What one kernel is called on each device.
 template <class Arguments>
 struct Entry {
@@ -100,11 +148,17 @@ struct Entry {
 #ifdef REFINENET_FAST_WITH_CUDA
 #define REFINENET_FAST_ENTRY(NAME) {#NAME, &cpu::Kernels::NAME, cuda::NAME}
 
-void check(int error, const char* kernel, const Shape& s) {
+void check(int error, const char* kernel, const std::string& sizes) {
   if (error == 0) return;
-  throw std::runtime_error("CUDA kernel " + std::string(kernel) + " on (N, H, W, C) = (" + std::to_string(s.n) + ", " +
-                           std::to_string(s.h) + ", " + std::to_string(s.w) + ", " + std::to_string(s.c) +
-                           "): " + cuda::error_string(error));
+  throw std::runtime_error("CUDA kernel " + std::string(kernel) + " on " + sizes + ": " + cuda::error_string(error));
+}
+
+int launched(const cuda::PackedConvolution& p, int device, void* stream) { return cuda::conv3x3(p, device, stream); }
+int launched(const cuda::PackedWeightGrad& p, int device, void* stream) { return cuda::weight_grad(p, device, stream); }
+
+std::string described(const Shape& s) {
+  return "(N, H, W, C) = (" + std::to_string(s.n) + ", " + std::to_string(s.h) + ", " + std::to_string(s.w) + ", " +
+         std::to_string(s.c) + ")";
 }
 #else
 #define REFINENET_FAST_ENTRY(NAME) {#NAME, &cpu::Kernels::NAME, nullptr}
@@ -115,6 +169,8 @@ const Shape& shape_of(const MaxPool5Backward& a) { return a.shape; }
 const Shape& shape_of(const Bilinear& a) { return a.in; }
 const Shape& shape_of(const BilinearBackward& a) { return a.in; }
 
+bool is_work(const Shape& s) { return s.n > 0 && s.h > 0 && s.w > 0 && s.c > 0; }
+
 // Defines cpu_<name>(..., threads) and, where CUDA is built, cuda_<name>(..., device, stream). Empty tensors are done.
 template <class Arguments, class... Flat>
 void define(py::module_& m, Entry<Arguments> entry, Arguments (*from)(Flat...)) {
@@ -122,7 +178,7 @@ void define(py::module_& m, Entry<Arguments> entry, Arguments (*from)(Flat...)) 
   m.def(("cpu_" + std::string(entry.name)).c_str(),
         [entry, from](Flat... flat, int threads) {
           const Arguments arguments = from(flat...);
-          if (shape_of(arguments).n > 0) (cpu::kernels().*entry.on_cpu)(arguments, threads);
+          if (is_work(shape_of(arguments))) (cpu::kernels().*entry.on_cpu)(arguments, threads);
         },
         release);
 #ifdef REFINENET_FAST_WITH_CUDA
@@ -130,9 +186,28 @@ void define(py::module_& m, Entry<Arguments> entry, Arguments (*from)(Flat...)) 
         [entry, from](Flat... flat, int device, Address stream) {
           const Arguments arguments = from(flat...);
           const Shape& shape = shape_of(arguments);
-          if (shape.n > 0) check(entry.on_cuda(arguments, device, at<void>(stream)), entry.name, shape);
+          if (is_work(shape)) check(entry.on_cuda(arguments, device, at<void>(stream)), entry.name, described(shape));
         },
         release);
+#endif
+}
+
+// Defines cuda_plan_<name>(..., processors), wherever this is built, and where CUDA is, cuda_<name>(..., device,
+// stream).
+template <class Arguments, class... Flat>
+void define_product(py::module_& m, const std::string& name, Arguments (*from)(Flat...)) {
+  m.def(("cuda_plan_" + name).c_str(), [from](Flat... flat, int processors) {
+    const cuda::Plan chosen = cuda::plan(from(flat...), processors);
+    return py::make_tuple(chosen.tile, chosen.whole_chunks, chosen.blocks, chosen.shared_bytes, chosen.splits);
+  });
+#ifdef REFINENET_FAST_WITH_CUDA
+  m.def(("cuda_" + name).c_str(),
+        [name, from](Flat... flat, int device, Address stream) {
+          const Arguments arguments = from(flat...);
+          const std::string sizes = described(arguments.shape) + ", K = " + std::to_string(arguments.k);
+          check(launched(arguments, device, at<void>(stream)), name.c_str(), sizes);
+        },
+        py::call_guard<py::gil_scoped_release>());
 #endif
 }
 
@@ -159,6 +234,11 @@ PYBIND11_MODULE(_C, m) {
   define<MaxPool5Backward>(m, REFINENET_FAST_ENTRY(maxpool5_backward), maxpool5_backward);
   define<Bilinear>(m, REFINENET_FAST_ENTRY(bilinear), bilinear);
   define<BilinearBackward>(m, REFINENET_FAST_ENTRY(bilinear_backward), bilinear_backward);
+  define_product(m, "conv3x3", packed_convolution);
+  define_product(m, "weight_grad", packed_weight_grad);
+  m.def("cuda_refusal",
+        [](int64_t n, int64_t h, int64_t w, int64_t c, int64_t k) { return cuda::refusal({n, h, w, c}, k); });
+  m.attr("CUDA_MOST_ADDS") = cuda::kMostAdds;
   m.def("cpu_convolve", convolve, py::call_guard<py::gil_scoped_release>());
   m.def("cpu_weight_grad", weight_grad, py::call_guard<py::gil_scoped_release>());
   m.def(

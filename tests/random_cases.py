@@ -57,6 +57,9 @@ class Draw(random.Random):
         return self.side(), self.side()
 
     def channels(self) -> int:
+        """Few, mostly: at times more than a product of matrices takes at once (256)."""
+        if self.chance(0.03):
+            return self.randint(257, 400)
         return self.choice([self.randint(1, 70), 2 * self.randint(0, 34) + 1, 16 * self.randint(1, 4)])
 
     def shape(self) -> tuple[int, int, int, int]:  # (N, C, H, W)

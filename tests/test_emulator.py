@@ -22,8 +22,14 @@ def _compiled_ahead():
     """The second core compiles while the first one emulates."""
     if nvcc() and CSRC.exists():
         for arch in ("sm_80", "sm_90a", "sm_100"):
-            for source in ("maxpool5.cu", "bilinear.cu"):
+            for source in ("maxpool5.cu", "bilinear.cu", "conv3x3.cu", "weight_grad.cu"):
                 start(CSRC / "cuda" / source, arch)
+
+
+@pytest.fixture(autouse=True)
+def _exact():
+    with testing.exact_float32():
+        yield
 
 
 # -- the kernels of csrc/cuda ------------------------------------------------------------------------------------------

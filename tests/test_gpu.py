@@ -38,11 +38,11 @@ def test_every_kernel_and_hot_path_is_right(backend, data):
                 assert error <= limit, f"{op} {direction} {shape}: error {error:.3g}, limit {limit:.3g}"
 
 
-def test_tf32_where_cudnn_would_use_it():
+def test_tf32_where_cudnn_would_use_it(backend):
     from triton_cases import tf32_errors
 
     for shape in ((2, 64, 31, 47), (1, 40, 3, 20)):
-        error, expected = tf32_errors(backends.get("triton"), shape, 24, "cuda")
+        error, expected = tf32_errors(backends.get(backend), shape, 24, "cuda")
         assert expected > 1e-5 and error <= 1.5 * expected
 
 

@@ -84,7 +84,8 @@ def test_winograds_error_on_a_trunks_maps():
             with use_backend("auto"):
                 y = ops.fuse([x], [weight])
             truth = F.conv2d(x.double(), weight.double(), padding=1)
-            assert relative_l2(y, truth) <= 1e-5, f"{x.shape[1]} channels"
+            error, pytorch = relative_l2(y, truth), relative_l2(F.conv2d(x, weight, padding=1), truth)
+            assert error <= min(1e-5, 2 * pytorch), f"{x.shape[1]} channels"  # seen: 0.5 to 0.8 of PyTorch's
 
 
 @pytest.mark.slow

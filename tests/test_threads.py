@@ -86,6 +86,7 @@ def few_channels(place: Place) -> list[torch.Tensor]:
     data = place.data()
     calls = [crp_call((n, c, 33, 41), data) for n in (1, 3) for c in (1, 3, 4, 8, 9, 16, 32)]
     calls += [fuse_call([(2, c, 40, 33), (2, 20, 11, 9)], data, [3, 3], k) for c, k in ((3, 64), (17, 8))]
+    calls += [rcu_call((2, 1, 200, 199), data, biases="12")]  # one sum of many pixels
     return [t for call in calls for t in outcomes(call, place.backend)]
 
 

@@ -135,11 +135,11 @@ def test_pytorchs_newer_switch_for_tf32(monkeypatch):
     """After it is used, asking the older one raises; half precision must not ask at all."""
     code = """
 import torch
-from refinenet_fast.backends.triton import _tf32
+from refinenet_fast.backends.operands import uses_tf32
 torch.backends.cudnn.conv.fp32_precision = "ieee"
-assert not _tf32(torch.float32) and _tf32(torch.bfloat16)
+assert not uses_tf32(torch.float32) and uses_tf32(torch.bfloat16)
 torch.backends.cudnn.conv.fp32_precision = "tf32"
-assert _tf32(torch.float32)
+assert uses_tf32(torch.float32)
 """
     done = run_python(code)
     assert done.returncode == 0, done.stderr

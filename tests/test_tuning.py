@@ -70,7 +70,9 @@ def test_a_table_of_another_family_is_named_and_left_out(folder):
         assert ask(*SHAPE) is None
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"rows": [{"kernel": "x"}]}', '{"rows": [1]}', "\x00"])
+@pytest.mark.parametrize(
+    "text", ["", "[" * 200_000, "[]", "{}", '{"rows": [{"kernel": "x"}]}', '{"rows": [1]}', "\x00"]
+)
 def test_a_broken_table_is_named_and_left_out(folder, text):
     (folder / "sm_90.json").write_text(text)
     with pytest.warns(UserWarning, match=r"sm_90.json is not read: .*refinenet_fast.tune"):
@@ -140,14 +142,32 @@ def test_tune_in_training_leaves_the_model_as_it_was(folder):
 
 
 @needs_core
-@pytest.mark.parametrize("choice", ["vendor", "winograd"])
-def test_the_cpu_backend_does_as_its_table_says(folder, choice):
-    x, weight = torch.randn(1, 32, 16, 16), torch.randn(32, 32, 3, 3)
-    table.write(_native._C.cpu_isa(), [row(SHAPE, choice, "cpu conv3x3", "float32")], {})
-    assert engine.pays(x, weight) == (choice == "winograd")
-    assert backends.get("cpu").fuses(x, weight, pack=True) == (
-        engine.FUSES if choice == "winograd" else backends.cpu.ONEDNN_FUSES
-    )
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("side", [3, 1])
+@pytest.mark.parametrize("rotated", [True, False])
+def test_the_cpu_backend_does_as_its_table_says(folder, dtype, side, rotated):
+    """Rows of 32 to 80 channels; those of 80 to 32, which the input gradient convolves, say the opposite."""
+    family, kind, own = _native._C.cpu_isa(), str(dtype).removeprefix("torch."), engine.NAMES[side**2]
+    x = torch.empty(1, 80 if rotated else 32, 16, 16, dtype=dtype)  # where rotated, the result's gradient
+    weight = torch.empty(80, 32, side, side)
+    for choice, other in (("vendor", own), (own, "vendor")):
+        here, there = ((1, 16, 16, c, k, side**2) for c, k in ((80, 32), (32, 80))[:: 1 if rotated else -1])
+        rows = [row(here, choice, "cpu conv3x3", kind), row(there, other, "cpu conv3x3", kind)]
+        table.write(family, rows, {})
+        assert engine.pays(x, weight, rotated) == (choice == own)
+        if not rotated:
+            fuses = engine.FUSES if choice == own else backends.cpu.ONEDNN_FUSES
+            assert backends.get("cpu").fuses(x, weight, pack=True) == fuses
+        if not rotated and side == 3:
+            table.write(family, [row(here, other, "cpu weight_grad", kind)], {})
+            assert engine.gradient_pays(x, weight) == (other == own)
+
+
+def test_thin_maps_do_not_take_a_squares_answer(folder):
+    table.write("sm_90", [row((1, 16, 16, 64, 64, 9), "square")], {})
+    assert ask(1, 16, 16, 64, 64, 9) == ask(1, 13, 16, 64, 64, 9) == "square"
+    assert ask(1, 2, 128, 64, 64, 9) is ask(256, 1, 1, 64, 64, 9) is ask(64, 2, 2, 64, 64, 9) is None
+    assert ask(4, 8, 8, 64, 64, 9) == "square"
 
 
 @needs_core

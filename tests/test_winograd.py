@@ -99,6 +99,58 @@ def test_a_weight_gradient_of_more_tiles_than_are_transformed_at_once():
     assert all(torch.equal(a, b) for a, b in zip(grads, again, strict=True))
 
 
+# More channels than are multiplied at once (256), on few tiles and on more than one block of them (96).
+DEEP = [(1, 300, 16, 17), (1, 530, 41, 42)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kernel", [3, 1])
+@pytest.mark.parametrize("shape", DEEP, ids=str)
+def test_many_channels(always, isa, shape, kernel, dtype):
+    data, (n, c, h, w), k = Data(dtype), shape, 35
+    x, weight, gy = data(*shape), data.weight(k, c, kernel, salt=1), data(n, k, h, w, salt=2)
+    hold(testing.check_conv3x3(get("cpu"), x, weight, gy, WayIn(relu=True), WayOut(), pack=True))
+
+
+@pytest.mark.parametrize("kernel", [3, 1])
+@pytest.mark.parametrize("shape", [(2, 19, 9, 7), *DEEP[:1]], ids=str)
+def test_bfloat16_is_float32_rounded_once(always, isa, shape, kernel):
+    data, (n, c, h, w), k = Data(torch.bfloat16), shape, 21
+    x, weight, bias = data(*shape), data.weight(k, c, kernel, salt=1), data(k, salt=2)
+    maps = [data(n, k, h, w, salt=s) for s in (3, 4, 5)]
+    low = data(n, k, 3, 4, salt=6)
+
+    def convolved(dtype):
+        select, add, add_relu = (t.to(dtype) for t in maps)
+        way_out = WayOut(bias.to(dtype), True, select, (add,), (add_relu,), low.to(dtype))
+        return get("cpu").conv3x3(x.to(dtype), weight, WayIn(relu=True, pool=True), way_out)
+
+    assert torch.equal(convolved(torch.bfloat16), convolved(torch.float32).bfloat16())
+
+
+def test_no_more_channels_than_keep_the_error_small():
+    x, weight = torch.empty(1, 8192, 12, 12), torch.empty(16, 8192, 3, 3)
+    assert engine.pays(x, weight)
+    assert not engine.pays(torch.empty(1, 8193, 12, 12), torch.empty(16, 8193, 3, 3))
+
+
+def test_what_it_has_not_is_the_vendors():
+    x = torch.randn(1, 4, 9, 9)
+    assert not engine.pays(x, torch.empty(8, 4, 5, 5)) and not engine.pays(x, torch.empty(0, 4, 3, 3))
+    assert get("cpu").conv3x3(x, torch.randn(8, 4, 5, 5)).shape == (1, 8, 9, 9)
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_onednn_performs_whatever_steps_it_is_handed(pack):
+    """A table that is read anew between two questions may have promised the steps of another convolution."""
+    data = Data()
+    x, weight = data(1, 9, 8, 7), data.weight(21, 9, 3, salt=1)
+    maps = [data(1, 21, 8, 7, salt=s) for s in (3, 4, 5)]
+    way_in, way_out = WayIn(True, True), WayOut(data(21), True, maps[0], (maps[1],), (maps[2],), data(1, 21, 3, 4))
+    y = get("cpu")._onednn(x, weight, way_in, way_out, pack)
+    torch.testing.assert_close(y, testing.convolution(x, weight, way_in, way_out))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("relu", [True, False])
 @pytest.mark.parametrize("kernel", [3, 1])

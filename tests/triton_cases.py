@@ -1,4 +1,4 @@
-"""One convolution of the Triton backend, or one weight gradient, against float64: wherever its kernels run."""
+"""One convolution of a backend for GPUs, or one weight gradient, against float64: wherever its kernels run."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from refinenet_fast.backends import WayIn, WayOut
-from refinenet_fast.backends.triton import Triton
+from refinenet_fast.backends import Backend, WayIn, WayOut
 from refinenet_fast.testing import Data, compare, conv, maxpool, poisoned, relative_l2, resize
 
 # name: (ReLU in, steps of the way out: how many of those that are tensors)
@@ -74,7 +73,7 @@ def tf32(t: Tensor) -> Tensor:
 
 
 def check_conv(
-    kernels: Triton,
+    kernels: Backend,
     shape: Sequence[int],
     k: int,
     dtype: torch.dtype,
@@ -82,12 +81,13 @@ def check_conv(
     taps: int = 9,
     rotated: bool = False,
     pool: bool = False,
+    device: str = "cpu",
 ) -> tuple[float, float]:
     """Error and limit, of a result whose ReLU is written too; of the input gradient where ``rotated``."""
     n, c, h, w = shape
     # Small integers, whose sums are exact wherever nothing is resampled: then every bit has to be right.
     integers = way not in ("fusion", "everything")
-    data, size = Data(dtype, integers=integers), 3 if taps == 9 else 1
+    data, size = Data(dtype, device, integers), 3 if taps == 9 else 1
     x, weight = data(*shape), data.weight(k, c, size, salt=1)
     steps = Steps(way, (n, k, h, w), data, pool)
     if rotated:
@@ -109,20 +109,34 @@ def check_conv(
 
 
 def check_grads(
-    kernels: Triton, shape: Sequence[int], k: int, dtype: torch.dtype, taps: int = 9, contiguous: bool = False
+    kernels: Backend,
+    shape: Sequence[int],
+    k: int,
+    dtype: torch.dtype,
+    taps: int = 9,
+    contiguous: bool = False,
+    relu_in: bool = True,
+    limit: float | None = None,
+    device: str = "cpu",
 ) -> tuple[float, float]:
-    """Error and limit, the worse of the weight's and of the bias's gradient."""
+    """Error and limit (by default the dtype's), the worse of the weight's and of the bias's gradient."""
     n, c, h, w = shape
-    data, size = Data(dtype), 3 if taps == 9 else 1
+    data, size = Data(dtype, device), 3 if taps == 9 else 1
     x, gy, weight, bias = data(*shape), data(n, k, h, w, salt=1), data.weight(k, c, size, salt=2), data(k, salt=3)
     weight = weight.contiguous() if contiguous else weight
     with poisoned():
-        gw, gb = kernels.conv3x3_weight_grad(x, gy, weight, WayIn(relu=True)), kernels.bias_grad(gy, bias)
+        gw, gb = kernels.conv3x3_weight_grad(x, gy, weight, WayIn(relu_in)), kernels.bias_grad(gy, bias)
     assert gw.stride() == weight.stride() and gw.dtype == weight.dtype
-    return compare([gw, gb], lambda w, b: conv(x.to(w.dtype).relu(), w, b), [weight, bias], gy)
+
+    def plain(w: Tensor, b: Tensor) -> Tensor:
+        own = x.to(w.dtype)
+        return conv(own.relu() if relu_in else own, w, b)
+
+    error, allowed = compare([gw, gb], plain, [weight, bias], gy)
+    return error, allowed if limit is None else limit
 
 
-def tf32_errors(kernels: Triton, shape: Sequence[int], k: int, device: str = "cpu") -> tuple[float, float]:
+def tf32_errors(kernels: Backend, shape: Sequence[int], k: int, device: str = "cpu") -> tuple[float, float]:
     """Of a float32 convolution with TF32 allowed: its error, and that of exact products of what tensor cores read."""
     data = Data(device=device)
     x, weight = data(*shape), data.weight(k, shape[1], 3, salt=1)

@@ -116,6 +116,10 @@ foreach(arch IN LISTS CMAKE_CUDA_ARCHITECTURES)
   if(NOT arch MATCHES "^[0-9]+[af]?(-real|-virtual)?$")
     refinenet_fast_stop("REFINENET_FAST_CUDA_ARCHS: expected architectures like \"90a;120\", got \"${arch}\"")
   endif()
+  string(REGEX MATCH "^[0-9]+" number "${arch}")
+  if(number LESS 80) # cp.async, and mma of bfloat16
+    refinenet_fast_stop("REFINENET_FAST_CUDA_ARCHS: expected sm_80 or newer, got \"${arch}\"")
+  endif()
 endforeach()
 
 refinenet_fast_try_nvcc(error ${CMAKE_CUDA_ARCHITECTURES})
@@ -139,10 +143,12 @@ set(CMAKE_CUDA_STANDARD_REQUIRED ON)
 set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
 enable_language(CUDA)
 
-add_library(refinenet_fast_cuda STATIC csrc/cuda/maxpool5.cu csrc/cuda/bilinear.cu csrc/cuda/runtime.cu)
+add_library(refinenet_fast_cuda STATIC csrc/cuda/conv3x3.cu csrc/cuda/weight_grad.cu csrc/cuda/maxpool5.cu
+            csrc/cuda/bilinear.cu csrc/cuda/runtime.cu)
 target_include_directories(refinenet_fast_cuda PUBLIC ${PROJECT_SOURCE_DIR}/csrc)
 target_include_directories(refinenet_fast_cuda SYSTEM PUBLIC ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
-target_compile_options(refinenet_fast_cuda PRIVATE -lineinfo -Xcompiler=-Wall,-Wextra)
+# Compressed, machine code and its line numbers take a fifth.
+target_compile_options(refinenet_fast_cuda PRIVATE -lineinfo -Xfatbin=-compress-all -Xcompiler=-Wall,-Wextra)
 
 set(REFINENET_FAST_CUDA_BUILT ON)
 set(REFINENET_FAST_CUDA_BUILT_ARCHS ${CMAKE_CUDA_ARCHITECTURES})

@@ -38,8 +38,7 @@ struct MaxPool5Backward {
 
 // y = the convolution of x, 3x3 (or 1x1), stride 1, padding 1 (or 0), after ReLU where `relu_in` and a 5x5 max pool
 // where `pool_in`; then, in this order, + bias, ReLU, 0 where select <= 0, + the first `raw_adds` of `add`, + the ReLU
-// of the others,
-// + low resized bilinearly.
+// of the others, + low resized bilinearly.
 struct Convolution {
   const void* x;           // [N, H, W, C]
   const float* weights;    // [K, C, 3, 3] or [K, C, 1, 1]

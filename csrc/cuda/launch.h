@@ -72,15 +72,30 @@ class OnDevice {
   cudaError_t error_;
 };
 
-// kernel<<<...>>>(arguments) with one thread for each of `count` work items.
+inline int multiprocessors(int device, int* count) {
+  return cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device);
+}
+
+// kernel<<<blocks, threads, shared_bytes>>>(arguments)
 template <class Arguments>
-int launch(void (*kernel)(Arguments), const Arguments& arguments, int64_t count, int device, void* stream) {
+int launch_blocks(void (*kernel)(Arguments), const Arguments& arguments, int64_t blocks, int threads, int shared_bytes,
+                  int device, void* stream) {
   const OnDevice on(device);
   if (on.error() != cudaSuccess) return on.error();
-  const int64_t blocks = (count + kThreads - 1) / kThreads;
   if (blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
-  kernel<<<static_cast<unsigned>(blocks), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(arguments);
+  if (shared_bytes > (48 << 10)) {  // more than every kernel may have: to be allowed on each device
+    const auto attribute = cudaFuncAttributeMaxDynamicSharedMemorySize;
+    const cudaError_t error = cudaFuncSetAttribute(kernel, attribute, shared_bytes);
+    if (error != cudaSuccess) return error;
+  }
+  kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments);
   return cudaGetLastError();
+}
+
+// With one thread for each of `count` work items.
+template <class Arguments>
+int launch(void (*kernel)(Arguments), const Arguments& arguments, int64_t count, int device, void* stream) {
+  return launch_blocks(kernel, arguments, (count + kThreads - 1) / kThreads, kThreads, 0, device, stream);
 }
 
 // Op<T>::run for the arguments' element type.

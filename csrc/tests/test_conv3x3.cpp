@@ -83,7 +83,10 @@ void run_with(const cpu::Kernels& kernels, const Shape& s, int64_t k, int thread
 
 void run(const cpu::Kernels& kernels, const Shape& s, int threads) {
   for (int64_t k : {1, 8, 35}) run_with(kernels, s, k, threads);
-  if (s.c == 256) run_with(kernels, {1, 17, 18, 256}, 35, threads);  // several blocks, the last of them short
+  if (s.c == 256) {
+    run_with(kernels, {1, 17, 18, 256}, 35, threads);  // several blocks, the last of them short
+    run_with(kernels, {1, 5, 9, 300}, 35, threads);    // more channels than are multiplied at once
+  }
   run_with(kernels, {0, s.h, s.w, s.c}, 8, threads);
 }
 

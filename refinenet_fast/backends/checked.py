@@ -29,7 +29,11 @@ class Checked(VendorConv):
             return f"needs one of {known}, got {str(dtype).removeprefix('torch.')}"
         return None
 
-    def _take(self, t: Tensor, argument: str) -> Tensor:
+    def _take(
+        self,
+        t: Tensor,  # (N, C, H, W)
+        argument: str,
+    ) -> Tensor:  # (N, C, H, W)
         """``t`` in NHWC memory, if this backend runs it: below here it is an address."""
         reason = self.can_run(t.device, t.dtype)
         if reason is not None:
@@ -37,7 +41,22 @@ class Checked(VendorConv):
         return nhwc(t)
 
 
-def match(t: Tensor, argument: str, like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+def check_resizable(
+    t: Tensor,  # (N, C, h, w)
+    argument: str,
+) -> None:
+    """Raises ValueError where a map has no pixel to interpolate between."""
+    if 0 in t.shape[2:]:
+        raise ValueError(f"{argument}: expected a height and a width of at least 1, got {tuple(t.shape)}")
+
+
+def match(
+    t: Tensor,  # (N, C, H, W)
+    argument: str,
+    like: Tensor,  # any
+    shape: Sequence[int],
+    dtype: torch.dtype,
+) -> Tensor:  # (N, C, H, W)
     """``t`` in NHWC memory, if it has that shape and dtype on the device of ``like``."""
     if tuple(t.shape) != tuple(shape) or t.dtype != dtype or t.device != like.device:
         expected, got = f"{tuple(shape)} {dtype} on {like.device}", f"{tuple(t.shape)} {t.dtype} on {t.device}"

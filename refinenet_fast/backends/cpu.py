@@ -20,6 +20,7 @@ from refinenet_fast.backends.base import (
     WayOut,
     as_weight,
     fixed_order,
+    split,
 )
 from refinenet_fast.backends.native import Native
 from refinenet_fast.backends.packed import PackedWeights
@@ -64,7 +65,10 @@ class Cpu(Native):
         ]
 
     def is_winograd(self, x: Tensor, weight: Tensor) -> bool:
-        return weight.shape[2] == 3 and (engine.pays(x, weight) or engine.gradient_pays(x, weight))
+        if weight.shape[2] != 3:
+            return False
+        gy = x.detach()[:, :1].expand(-1, weight.shape[0], -1, -1)
+        return engine.pays(x, weight) or engine.pays(gy, weight, rotated=True) or engine.gradient_pays(x, weight)
 
     def fuses(self, x: Tensor, weight: Tensor, pack: bool) -> Fused:
         return engine.FUSES if engine.pays(x, weight) else ONEDNN_FUSES
@@ -92,27 +96,42 @@ class Cpu(Native):
         gw, gb = engine.weight_gradient(x, gy, weight, bias, way_in.relu)
         return as_weight(gw, weight), None if gb is None else gb.to(bias.dtype)
 
-    def _onednn(self, x: Tensor, weight: Tensor, way_in: WayIn, way_out: WayOut, pack: bool) -> Tensor:
+    def _onednn(
+        self,
+        x: Tensor,  # (N, C, H, W)
+        weight: Tensor,  # (K, C, R, R)
+        way_in: WayIn,
+        way_out: WayOut,
+        pack: bool,
+    ) -> Tensor:  # (N, K, H, W)
+        """With all steps, whatever :meth:`fuses` said: the tables may have been read anew since."""
+        x, way_in = self._compose_in(x, way_in, ONEDNN_FUSES.way_in)
         if not (pack and _onednn_runs(x)):  # a reorder of its own at every call would cost more than it saves
             y = super()._conv3x3(x, weight, way_in, WayOut(bias=way_out.bias), pack)
             return self.way_out(y, replace(way_out, bias=None))
+        way_out, left = split(way_out, ONEDNN_FUSES.way_out)
         x, pad = nhwc(x), [weight.shape[2] // 2] * 2
         bias = None if way_out.bias is None else way_out.bias.to(x.dtype)
         common = (bias, pad, [1, 1], [1, 1], 1)
 
-        def reorder(w: Tensor) -> Tensor:
+        def reorder(
+            w: Tensor,  # (K, C, R, R)
+        ) -> Tensor:
             return torch.ops.mkldnn._reorder_convolution_weight(w, pad, [1, 1], [1, 1], 1, x.shape)
 
         packed = self.packed.get(weight, x.dtype, "oneDNN", reorder)
         convolve = torch.ops.mkldnn._convolution_pointwise
         with fixed_order(x.device, weight):
-            if not way_out.add:
-                return nhwc(convolve(x, packed, *common, "none", [], ""))
-            y = convolve.binary(x, nhwc(way_out.add[0]), packed, *common, "add", None, None, [], "")
-        return self.way_out(nhwc(y), WayOut(add=way_out.add[1:]))
+            if way_out.add:
+                y = convolve.binary(x, nhwc(way_out.add[0]), packed, *common, "add", None, None, [], "")
+            else:
+                y = convolve(x, packed, *common, "none", [], "")
+        return self.way_out(self.way_out(nhwc(y), WayOut(add=way_out.add[1:])), left)
 
 
-def _onednn_runs(x: Tensor) -> bool:
+def _onednn_runs(
+    x: Tensor,  # (N, C, H, W)
+) -> bool:
     """Whether oneDNN is there, switched on, and has a convolution for this dtype on this processor."""
     if x.numel() == 0 or not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
         return False

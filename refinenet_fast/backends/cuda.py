@@ -2,20 +2,41 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from refinenet_fast import _native
+from refinenet_fast._native import DTYPES, pointer
+from refinenet_fast.backends.base import PLAIN_IN, PLAIN_OUT, Fused, WayIn, WayOut, as_weight
+from refinenet_fast.backends.checked import match
+from refinenet_fast.backends.configurations import architecture_of
 from refinenet_fast.backends.native import Native
+from refinenet_fast.backends.operands import (
+    FUSES,
+    check_weight,
+    gradient_like,
+    matched,
+    pack_weight,
+    uses_tf32,
+)
+from refinenet_fast.layout import empty_nhwc
+
+CHUNK = 16  # bytes that are copied at once: rows of packed weights are whole ones
 
 
 class Cuda(Native):
-    """CUDA C++ for sm_80, sm_90a and sm_100 (whatever ``build_info()`` lists), on the current stream."""
+    """CUDA C++ for sm_80, sm_90a and sm_100 (whatever ``build_info()`` lists), on the current stream.
+
+    Float32 convolutions use TF32 where cuDNN would, and else three products of TF32 numbers for each of float32.
+    """
 
     name = "cuda"
     device_type = "cuda"
     dtypes = (torch.float32, torch.float16, torch.bfloat16)
     proven = False
+    tile = 0  # pixels and channels of a block of the convolutions: 128 or 64; 0: by the sizes
 
     def unavailable(self) -> str | None:
         if _native.missing is not None:
@@ -40,10 +61,126 @@ class Cuda(Native):
             return f"built for {', '.join(archs)}, and {device} is sm_{major}{minor}"
         return None
 
+    # -- convolution ----------------------------------------------------------------------------------------------
+
+    def refusal(
+        self,
+        x: Tensor,  # (N, C, H, W)
+        k: int,
+    ) -> str | None:
+        """Why the vendor's convolution runs this and none of the kernels; None: a kernel does."""
+        n, c, h, w = x.shape
+        return _native._C.cuda_refusal(n, h, w, c, k)
+
+    def _processors(self, device: torch.device) -> int:
+        return architecture_of(device).processors
+
+    def fuses(self, x: Tensor, weight: Tensor, pack: bool) -> Fused:
+        return super().fuses(x, weight, pack) if self.refusal(x, weight.shape[0]) else FUSES
+
+    def _conv3x3(self, x: Tensor, weight: Tensor, way_in: WayIn, way_out: WayOut, pack: bool) -> Tensor:
+        if self.refusal(x, weight.shape[0]):
+            return super()._conv3x3(x, weight, way_in, way_out, pack)
+        return self._convolve(x, weight, way_in.relu, way_out)
+
+    def conv3x3_and_relu(
+        self, x: Tensor, weight: Tensor, way_in: WayIn = PLAIN_IN, way_out: WayOut = PLAIN_OUT, pack: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        if self.refusal(x, weight.shape[0]) or len(way_out.add + way_out.add_relu) > _native._C.CUDA_MOST_ADDS:
+            return super().conv3x3_and_relu(x, weight, way_in, way_out, pack)
+        x, way_in = self._compose_in(x, way_in, FUSES.way_in)
+        relued = empty_nhwc(x, (x.shape[0], weight.shape[0], *x.shape[2:]))
+        return self._convolve(x, weight, way_in.relu, way_out, relued=relued), relued
+
+    def conv3x3_input_grad(self, gy: Tensor, weight: Tensor, way_out: WayOut = PLAIN_OUT) -> Tensor:
+        if self.refusal(gy, weight.shape[1]):
+            return super().conv3x3_input_grad(gy, weight, way_out)
+        return self._convolve(gy, weight, False, way_out, rotated=True)
+
+    def _convolve(
+        self,
+        x: Tensor,  # (N, C, H, W)
+        weight: Tensor,  # (K, C, R, R); (C, K, R, R) where rotated
+        relu_in: bool,
+        way_out: WayOut,
+        rotated: bool = False,
+        relued: Tensor | None = None,  # (N, K, H, W), written
+    ) -> Tensor:  # (N, K, H, W)
+        """The convolution, its ReLU into ``relued``; ``rotated``: that of an input gradient."""
+        x = self._take(x, "x")
+        check_weight(weight, x, 0 if rotated else 1)
+        n, c, h, w = x.shape
+        k, side = weight.shape[1 if rotated else 0], weight.shape[2]
+        y = empty_nhwc(x, (n, k, h, w))
+        packed = pack_weight(weight, x.dtype, rotated, CHUNK // x.element_size())
+        fused, left = _first_adds(matched(way_out, y), _native._C.CUDA_MOST_ADDS)
+        low = fused.upsample
+        bias = None if fused.bias is None else fused.bias.to(torch.float32)
+        self._call(
+            "conv3x3",
+            x,
+            *(pointer(t) for t in (x, packed, y, relued, bias, fused.select)),
+            [pointer(t) for t in (*fused.add, *fused.add_relu)],
+            len(fused.add),
+            pointer(low),
+            *((1, 1) if low is None else low.shape[2:]),
+            fused.align_corners,
+            fused.relu,
+            (n, h, w, c, k),
+            side,
+            DTYPES[x.dtype],
+            not uses_tf32(x.dtype),
+            rotated,
+            relu_in,
+            self.tile,
+        )
+        return self.way_out(y, left)
+
+    def conv3x3_weight_grad(self, x: Tensor, gy: Tensor, weight: Tensor, way_in: WayIn = PLAIN_IN) -> Tensor:
+        if self.refusal(x, weight.shape[0]):
+            return super().conv3x3_weight_grad(x, gy, weight, way_in)
+        x, way_in = self._compose_in(x, way_in, FUSES.way_in)
+        return as_weight(self._weight_gradient(x, gy, weight, way_in.relu), weight)
+
+    def _weight_gradient(
+        self,
+        x: Tensor,  # (N, C, H, W)
+        gy: Tensor,  # (N, K, H, W)
+        weight: Tensor,  # (K, C, R, R)
+        relu_in: bool,
+    ) -> Tensor:  # (K, C, R, R)
+        x = self._take(x, "x")
+        check_weight(weight, x, 1)
+        (n, c, h, w), (k, _, side, _) = x.shape, weight.shape
+        gy = match(gy, "gy", x, (n, k, h, w), x.dtype)
+        gw = gradient_like(weight if weight.dtype in DTYPES else weight.to(torch.float32))
+
+        def arguments(parts: Tensor | None, splits: int) -> tuple[object, ...]:
+            buffers = (pointer(x), pointer(gy), pointer(parts), pointer(gw))
+            strides, sizes = (gw.stride(0), gw.stride(1), gw.stride(3)), (n, h, w, c, k)
+            types = DTYPES[x.dtype], DTYPES[gw.dtype], not uses_tf32(x.dtype)
+            return *buffers, strides, sizes, side, splits, *types, relu_in, self.tile
+
+        splits = _native._C.cuda_plan_weight_grad(*arguments(None, 0), self._processors(x.device))[-1]
+        parts = torch.empty((splits, k, side * side, c), dtype=torch.float32, device=x.device)
+        self._call("weight_grad", x, *arguments(parts, splits))
+        return gw
+
     def _call(self, function: str, like: Tensor, *arguments: object) -> None:
         assert _native._C is not None
         stream = torch.cuda.current_stream(like.device).cuda_stream
         getattr(_native._C, f"cuda_{function}")(*arguments, like.device.index, stream)
+
+
+def _first_adds(way_out: WayOut, most: int) -> tuple[WayOut, WayOut]:
+    """The steps up to the ``most``th sum, and those that are left."""
+    add, add_relu = way_out.add, way_out.add_relu
+    if len(add) + len(add_relu) <= most:
+        return way_out, PLAIN_OUT
+    room = max(0, most - len(add))
+    fused = replace(way_out, add=add[:most], add_relu=add_relu[:room], upsample=None)
+    left = replace(way_out, bias=None, relu=False, select=None, add=add[most:], add_relu=add_relu[room:])
+    return fused, left
 
 
 def _runs_on(arch: str, major: int, minor: int) -> bool:

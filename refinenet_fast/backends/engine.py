@@ -1,9 +1,9 @@
 """The ``cpu`` backend's own convolutions and their gradients, from the compiled core.
 
 The 3x3 one is Winograd's F(4x4, 3x3), the 1x1 one a matrix product, in float32. Both perform every step on the way in
-and out, on activations in float32 or bfloat16. Winograd's error against float64 is two to three times the vendor's
-(1.6e-6 at 256 channels, 4.8e-6 at 2048), in return for a quarter of the multiplications. Its sums grow on the way:
-finite input below 1e30 gives no NaN as long as weights stay below 1e5.
+and out, on activations in float32 or bfloat16. Winograd's error against float64 is about twice the vendor's on normal
+data (1.1e-6 to 1.5e-6 at 256 channels, 4.2e-6 at 2048), in return for a quarter of the multiplications. Its sums grow
+on the way: finite input below 1e30 gives no NaN as long as weights stay below 1e5.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from refinenet_fast import _native
 from refinenet_fast._native import pointer
 from refinenet_fast.backends.base import Fused, WayIn, WayOut
-from refinenet_fast.backends.checked import match
+from refinenet_fast.backends.checked import check_resizable, match
 from refinenet_fast.backends.table import Question, lookup
 from refinenet_fast.layout import empty_nhwc, nhwc
 
@@ -24,6 +24,7 @@ FUSES = Fused(frozenset({"relu", "pool"}), frozenset({"bias", "relu", "select", 
 DTYPES = (torch.float32, torch.bfloat16)  # of activations; inside everything is float32
 NAMES = {9: "winograd", 1: "gemm"}  # in tables, by taps
 FEWEST_CHANNELS = 16  # of the input and of the output
+MOST_CHANNELS = 8192  # of the input: the error grows with their square root, to 8e-6 there
 # Products per output: 2.25 where tiles of 4x4 outputs cover the map exactly; 9 in a direct convolution.
 MOST_PRODUCTS = 3.5
 # Pixels below which transforming the weights costs more than the products that are saved: of a convolution, and of a
@@ -48,7 +49,9 @@ def runs(
     weight: Tensor,  # (K, C, R, R)
 ) -> bool:
     """Whether this is there for these."""
-    return _native._C is not None and x.dtype in DTYPES and x.numel() > 0
+    side = weight.shape[2]
+    known = weight.shape[3] == side and side * side in NAMES and weight.numel() > 0
+    return _native._C is not None and known and x.dtype in DTYPES and x.numel() > 0
 
 
 def pays(
@@ -60,7 +63,9 @@ def pays(
     if not runs(x, weight):
         return False
     asked = question(x, weight, rotated)
-    n, h, w, _, _, taps = asked.shape
+    n, h, w, c, _, taps = asked.shape
+    if taps == 9 and c > MOST_CHANNELS:
+        return False
     choice = lookup(asked)
     if choice in (NAMES[taps], "vendor"):
         return choice != "vendor"
@@ -115,14 +120,19 @@ def convolve(
     _check(x, weight, (c, k) if rotated else (k, c), bias, k)
     address, strides = _turned(weight) if rotated else (pointer(weight), list(weight.stride()))
 
-    def other(t: Tensor, argument: str) -> Tensor:
+    def other(
+        t: Tensor,  # (N, K, H, W)
+        argument: str,
+    ) -> Tensor:  # (N, K, H, W)
         return match(t, argument, x, (n, k, h, w), x.dtype)
 
     mask = None if way_out.select is None else other(way_out.select, "select")
     adds = [other(t, "add") for t in way_out.add]
     adds_relu = [other(t, "add_relu") for t in way_out.add_relu]
     low = way_out.upsample
-    low = None if low is None else match(low, "upsample", x, (n, k, *low.shape[2:]), x.dtype)
+    if low is not None:
+        check_resizable(low, "upsample")
+        low = match(low, "upsample", x, (n, k, *low.shape[2:]), x.dtype)
     y = empty_nhwc(x, (n, k, h, w))
     core.cpu_convolve(
         taps,

@@ -57,19 +57,6 @@ class Launch:
 # -- convolution -------------------------------------------------------------------------------------------------------
 
 
-def pack(
-    weight: Tensor,  # (K, C, R, R)
-    dtype: torch.dtype,
-    rotated: bool = False,
-) -> Tensor:  # (R * R, K, C); (R * R, C, K) where rotated
-    """Weights as the kernels read them, in one copy that converts too."""
-    k, c, r, _ = weight.shape
-    shape = (r * r, c, k) if rotated else (r * r, k, c)
-    taps = weight.detach().reshape(k, c, r * r)
-    packed = torch.empty(shape, dtype=dtype, device=weight.device)
-    return packed.copy_(taps.permute(2, 1, 0) if rotated else taps.permute(2, 0, 1))
-
-
 def problem_of(
     x: Tensor,  # (N, C, H, W)
     k: int,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from refinenet_fast._native import DTYPES, pointer
-from refinenet_fast.backends.checked import Checked, match
+from refinenet_fast.backends.checked import Checked, check_resizable, match
 from refinenet_fast.layout import empty_nhwc
 
 
@@ -45,6 +45,7 @@ class Native(Checked):
         overwrite_add: bool = False,
     ) -> Tensor:
         x = self._take(x, "x")
+        check_resizable(x, "x")
         summed = None if add is None else match(add, "add", x, (*x.shape[:2], *size), x.dtype)
         if overwrite_add and summed is not None:
             y = summed

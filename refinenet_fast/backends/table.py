@@ -18,6 +18,7 @@ import functools
 import json
 import math
 import os
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -83,11 +84,11 @@ def _nearest(question: Question) -> Choice | None:
 
 
 def _distance(a: list[int], b: Shape) -> float:
-    """In doublings of the pixels, of the width and of both channels."""
+    """In doublings of the pixels, of the tiles of 4x4 that cover them, of the width and of both channels."""
 
     def doublings(of: list[int] | Shape) -> list[float]:
         n, h, w, c, k, _ = of
-        return [math.log2(n * h * w), math.log2(w), math.log2(c), math.log2(k)]
+        return [math.log2(size) for size in (n * h * w, n * -(-h // 4) * -(-w // 4), w, c, k)]
 
     return sum(abs(x - y) for x, y in zip(doublings(a), doublings(b), strict=True))
 
@@ -113,13 +114,19 @@ def read(path: Path) -> list[dict[str, Any]]:
         return rows
     except FileNotFoundError:
         return []
-    except (OSError, ValueError, KeyError, TypeError) as error:  # a cache that is broken must not stop anyone
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        RecursionError,
+    ) as error:  # a cache that is broken must not stop anyone
         warnings.warn(f"{path} is not read: {error}; make it anew with refinenet_fast.tune, or delete it", stacklevel=2)
         return []
 
 
 def write(family: str, rows: list[dict[str, Any]], made: dict[str, Any], folder: Path | None = None) -> Path:
-    """Put rows into a table (by default the user's), before those it has of other questions; in one step.
+    """Put rows into a table (by default the user's) beside those it has of other questions; sorted, in one step.
 
     Raises:
         OSError: It cannot be written; the old one is as it was.
@@ -135,9 +142,9 @@ def write(family: str, rows: list[dict[str, Any]], made: dict[str, Any], folder:
 
     new = {question(row) for row in rows}
     kept = [row for row in read(path) if question(row) not in new]
-    lines = ",\n".join(json.dumps(row) for row in [*rows, *kept])
+    lines = ",\n".join(json.dumps(row) for row in sorted([*rows, *kept], key=question))
     content = f'{{"family": {json.dumps(family)}, "made": {json.dumps(made)}, "rows": [\n{lines}\n]}}\n'
-    partial = folder / f"{family}.json.{os.getpid()}.partial"
+    partial = folder / f"{family}.json.{os.getpid()}.{threading.get_ident()}.partial"
     try:
         with partial.open("w") as file:
             file.write(content)

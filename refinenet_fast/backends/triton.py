@@ -27,12 +27,20 @@ from refinenet_fast.backends.configurations import (
     fitted,
 )
 from refinenet_fast.backends.launches import Launch
+from refinenet_fast.backends.operands import (
+    FUSES,
+    arithmetic,
+    check_weight,
+    gradient_like,
+    matched,
+    pack_weight,
+    uses_tf32,
+)
 from refinenet_fast.backends.reference import Reference
 from refinenet_fast.backends.table import Choice, Question, Shape, lookup
 from refinenet_fast.layout import empty_nhwc, nhwc
 
 OLDEST = (3, 6)  # of Triton
-FUSES = Fused(frozenset({"relu"}), frozenset({"bias", "relu", "select", "add", "add_relu", "upsample"}))
 POOL_TOO = Fused(FUSES.way_in | {"pool"}, FUSES.way_out)
 POOLED_CHANNELS = 512  # most outputs of a 1x1 convolution that pools itself
 GRID = 65_535  # most blocks along a grid's second and third dimension
@@ -93,8 +101,8 @@ class Triton(Checked):
 
     def _configuration(self, kernel: str, x: Tensor, k: int, taps: int) -> Configuration | None:
         """What the tables say, or else what should be fastest; None for the vendor's convolution."""
-        architecture, problem = self._architecture(x.device), launches.problem_of(x, k, taps, _tf32(x.dtype))
-        choice = lookup(Question(architecture.family, f"triton {kernel}", _arithmetic(x.dtype), problem.shape))
+        architecture, problem = self._architecture(x.device), launches.problem_of(x, k, taps, uses_tf32(x.dtype))
+        choice = lookup(Question(architecture.family, f"triton {kernel}", arithmetic(x.dtype), problem.shape))
         if choice == "vendor":
             return None
         found = fitted(kernel, architecture, problem, choice) if isinstance(choice, dict) else None
@@ -114,7 +122,7 @@ class Triton(Checked):
             if kernel == "weight_grad":
                 self._run(*launches.weight_gradient(x, gy, gw, False, configuration, tf32))
             else:
-                packed = launches.pack(weight, kind)
+                packed = pack_weight(weight, kind)
                 self._run(*launches.convolution(x, packed, y, None, False, way_out, configuration, tf32=tf32))
 
         def vendors() -> None:
@@ -185,16 +193,16 @@ class Triton(Checked):
     ) -> Tensor:  # (N, K, H, W)
         """The convolution, its ReLU into ``relued``; ``rotated``: that of an input gradient."""
         x = aligned(self._take(x, "x"))
-        _check_weight(weight, "weight", x, 0 if rotated else 1)
+        check_weight(weight, x, 0 if rotated else 1)
         y = empty_nhwc(x, (x.shape[0], weight.shape[1 if rotated else 0], *x.shape[2:]))
-        packed = launches.pack(weight, x.dtype, rotated)
-        way_out = _matched(way_out, y)
+        packed = pack_weight(weight, x.dtype, rotated)
+        way_out = matched(way_out, y)
         if way_in.pool:
-            self._run(launches.pool_convolution(x, packed, y, relued, way_in.relu, way_out, _tf32(x.dtype)))
+            self._run(launches.pool_convolution(x, packed, y, relued, way_in.relu, way_out, uses_tf32(x.dtype)))
             return y
         taps, k, _ = packed.shape
-        chosen = self._configuration("conv3x3", x, k, taps)
-        self._run(*launches.convolution(x, packed, y, relued, way_in.relu, way_out, chosen, rotated, _tf32(x.dtype)))
+        chosen, tf32 = self._configuration("conv3x3", x, k, taps), uses_tf32(x.dtype)
+        self._run(*launches.convolution(x, packed, y, relued, way_in.relu, way_out, chosen, rotated, tf32))
         return y
 
     def conv3x3_weight_grad(self, x: Tensor, gy: Tensor, weight: Tensor, way_in: WayIn = PLAIN_IN) -> Tensor:
@@ -224,12 +232,10 @@ class Triton(Checked):
         relu_in: bool = False,
     ) -> Tensor:  # (K, C, R, R)
         x = aligned(self._take(x, "x"))
-        _check_weight(weight, "weight", x, 1)
+        check_weight(weight, x, 1)
         gy = aligned(match(gy, "gy", x, (x.shape[0], weight.shape[0], *x.shape[2:]), x.dtype))
-        gw = torch.empty_like(weight)
-        if gw.stride(2) != gw.shape[3] * gw.stride(3):
-            gw = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
-        self._run(*launches.weight_gradient(x, gy, gw, relu_in, chosen, _tf32(x.dtype)))
+        gw = gradient_like(weight)
+        self._run(*launches.weight_gradient(x, gy, gw, relu_in, chosen, uses_tf32(x.dtype)))
         return gw
 
     def bias_grad(self, gy: Tensor, bias: Tensor) -> Tensor:
@@ -301,46 +307,3 @@ def _countable(
 def aligned(t: Tensor) -> Tensor:  # (N, C, H, W) in NHWC memory
     """``t``, its address a multiple of 16 bytes, as tensor maps need it; a copy of a slice may be."""
     return t if t.data_ptr() % VECTOR == 0 else empty_nhwc(t, t.shape).copy_(t)
-
-
-def _check_weight(weight: Tensor, argument: str, x: Tensor, channels: int) -> None:
-    """Below here it is an address: its dimension ``channels`` has those of x (N, C, H, W), on the same device."""
-    if weight.shape[channels] != x.shape[1] or weight.device != x.device:
-        expected, got = f"{x.shape[1]} on {x.device}", f"{weight.shape[channels]} on {weight.device}"
-        raise ValueError(f"{argument}: expected dimension {channels} to be {expected}, got {got}")
-
-
-def _arithmetic(dtype: torch.dtype) -> str:
-    """As tables name it."""
-    name = str(dtype).removeprefix("torch.")
-    return f"tf32 {name}" if dtype == torch.float32 and _tf32(dtype) else name
-
-
-def _tf32(dtype: torch.dtype) -> bool:
-    """Whether cuDNN's convolutions of float32 would use TF32; True for other types, which do not ask."""
-    if dtype != torch.float32:
-        return True
-    try:
-        return torch.backends.cudnn.allow_tf32
-    except RuntimeError:  # set by PyTorch's newer switch, which the older one then refuses to answer for
-        return torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
-
-
-def _matched(way_out: WayOut, y: Tensor) -> WayOut:  # y: (N, K, H, W)
-    """With what it reads in NHWC memory, of the shape and dtype that ``y`` asks for: below here it is an address."""
-
-    def others(tensors: tuple[Tensor, ...], argument: str) -> tuple[Tensor, ...]:
-        return tuple(match(t, argument, y, y.shape, y.dtype) for t in tensors)
-
-    bias, select, low = way_out.bias, way_out.select, way_out.upsample
-    if bias is not None and (tuple(bias.shape) != (y.shape[1],) or bias.device != y.device):
-        raise ValueError(f"bias: expected {(y.shape[1],)} on {y.device}, got {tuple(bias.shape)} on {bias.device}")
-    return WayOut(
-        None if bias is None else bias.detach().contiguous().resolve_neg(),
-        way_out.relu,
-        None if select is None else match(select, "select", y, y.shape, y.dtype),
-        others(way_out.add, "add"),
-        others(way_out.add_relu, "add_relu"),
-        None if low is None else match(low, "upsample", y, (*y.shape[:2], *low.shape[2:]), y.dtype),
-        way_out.align_corners,
-    )

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from emulator.compilers import CSRC, compiled, find
+from emulator.compilers import CSRC, compiled, find, picked
 from emulator.launch import Struct, emulate
+from emulator.products import Plan, bytes_at, convolution, weight_gradient
 from emulator.unit import LOCKSTEP, Schedule
+from refinenet_fast import _native
+from refinenet_fast.backends.configurations import A100
+from refinenet_fast.backends.cuda import Cuda
 from refinenet_fast.backends.native import Native
 
 THREADS = 256  # kThreads in csrc/cuda/launch.h
@@ -89,24 +92,48 @@ ENTRIES = {
 }
 
 
-class Emulated(Native):
-    """``maxpool5`` and ``bilinear`` of the CUDA backend on tensors in host memory; the convolution is PyTorch's.
+class Emulated(Cuda):
+    """The CUDA backend on tensors in host memory.
 
     Args:
         schedule: Of 32 lanes for a warp, 256 for a block, more for several blocks at once.
+        tile: Of the convolutions, as ``Cuda.tile``.
+        processors: The multiprocessors that the convolutions' plans are made for.
+        changed: Texts in place of those of the convolutions' files, by their paths below csrc.
     """
 
     name = "emulated"
     device_type = "cpu"
-    dtypes = (torch.float32, torch.float16, torch.bfloat16)
 
-    def __init__(self, arch: str = "sm_80", schedule: Schedule = LOCKSTEP) -> None:
-        self.arch, self.schedule = arch, schedule
+    def __init__(
+        self,
+        arch: str = "sm_80",
+        schedule: Schedule = LOCKSTEP,
+        tile: int = 0,
+        processors: int = A100.processors,
+        changed: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        self.arch, self.schedule, self.tile, self.processors = arch, schedule, tile, processors
+        self.changed = changed
 
     def unavailable(self) -> str | None:
         return None
 
+    def can_run(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        return Native.can_run(self, device, dtype)
+
+    def _processors(self, device: torch.device) -> int:
+        return self.processors
+
     def _call(self, function: str, like: Tensor, *arguments: object) -> None:
+        if function in ("conv3x3", "weight_grad"):
+            plan = Plan(*getattr(_native._C, f"cuda_plan_{function}")(*arguments, self.processors))
+            launches = (convolution if function == "conv3x3" else weight_gradient)(plan, *arguments)
+            headers = tuple((path, text) for path, text in self.changed.items() if path.endswith(".h"))
+            for source, name, blocks, threads, shared, request in launches:
+                kernel = picked(CSRC / source, self.arch, name, self.changed.get(source, ""), headers)
+                emulate(kernel, [blocks], [threads], [request], shared=shared, schedule=self.schedule)
+            return
         entry = ENTRIES[function]
         flat = [int(a) for a in arguments]  # type: ignore[call-overload]
         pointers, rest = flat[: len(entry.pointers)], flat[len(entry.pointers) :]
@@ -116,7 +143,7 @@ class Emulated(Native):
             return
         lanes = 16 // size if rest[3] % (16 // size) == 0 else 1
         buffers: list[object] = [
-            bytes_at(pointer, count * (1 if name in entry.bytewise else size)) if pointer else 0
+            bytes_at(pointer, count * (1 if name in entry.bytewise else size))
             for name, pointer, count in zip(entry.pointers, pointers, elements, strict=True)
         ]
         arguments = Struct(f"{len(buffers)}Q{entry.layout}", (*buffers, *entry.arguments(rest)))
@@ -124,7 +151,3 @@ class Emulated(Native):
         kernel = find(compiled(CSRC / "cuda" / entry.source, self.arch), f"{entry.kernel}I{mangled}Li{lanes}E{flags}E")
         blocks = -(-threads // lanes // THREADS)
         emulate(kernel, [blocks], [THREADS], [arguments], schedule=self.schedule)
-
-
-def bytes_at(address: int, size: int) -> np.ndarray:
-    return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))

@@ -22,7 +22,8 @@ CHECKED = {"nvcc": ("13.0.88",), "triton": ("3.6.0", "3.9.0")}
 
 CSRC = Path(__file__).parents[2] / "csrc"
 PROBES = Path(__file__).parents[1] / "probes"
-_started: dict[tuple[str, str, str], Future[str]] = {}
+Headers = tuple[tuple[str, str], ...]  # (path below csrc, text in place of the file's)
+_started: dict[tuple[str, str, str, Headers], Future[str]] = {}
 _workers = ThreadPoolExecutor(2)
 
 
@@ -43,9 +44,9 @@ def nvcc_version() -> str:
     return re.search(r"V([\d.]+)", told)[1]  # type: ignore[index]
 
 
-def start(source: str | Path, arch: str, text: str = "") -> Future[str]:
+def start(source: str | Path, arch: str, text: str = "", headers: Headers = ()) -> Future[str]:
     """Begin to compile a CUDA source, or ``text`` as if it stood there, to PTX with line numbers, in the background."""
-    key = str(source), arch, text
+    key = str(source), arch, text, headers
     if key not in _started:
         _started[key] = _workers.submit(_compile, *key)
     return _started[key]
@@ -56,14 +57,24 @@ def compiled(source: str | Path, arch: str = "sm_80", text: str = "") -> dict[st
     return _parsed(str(source), arch, text, "")
 
 
-def one(source: str | Path, arch: str, name: str, text: str = "") -> Kernel:
+def one(source: str | Path, arch: str, name: str, text: str = "", headers: Headers = ()) -> Kernel:
     """One kernel of a CUDA source, without reading the others."""
-    return _parsed(str(source), arch, text, name)[name]
+    return _parsed(str(source), arch, text, name, headers)[name]
+
+
+@functools.lru_cache(maxsize=64)
+def picked(source: str | Path, arch: str, part: str, text: str = "", headers: Headers = ()) -> Kernel:
+    """The one kernel of a CUDA source whose mangled name has ``part`` in it, without reading the others."""
+    ptx = start(source, arch, text, headers).result()
+    found = [name for name in re.findall(r"^(?:\.visible )?\.entry (\w+)\(", ptx, flags=re.M) if part in name]
+    if len(found) != 1:
+        raise EmulatorError(f"expected one kernel with {part} in its name, got {found}")
+    return one(source, arch, found[0], text, headers)
 
 
 @functools.lru_cache(maxsize=8)
-def _parsed(source: str, arch: str, text: str, name: str) -> dict[str, Kernel]:
-    ptx = start(source, arch, text).result()
+def _parsed(source: str, arch: str, text: str, name: str, headers: Headers = ()) -> dict[str, Kernel]:
+    ptx = start(source, arch, text, headers).result()
     if name:  # what comes before the first kernel, the kernel, and the names of source files
         head, *kernels = re.split(r"(?=^(?:\.visible )?\.entry )", ptx, flags=re.M)
         mine = [k for k in kernels if re.match(rf"(?:\.visible )?\.entry {name}\(", k)]
@@ -81,8 +92,8 @@ def _kept(key: str) -> Path | None:
     return folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.ptx"
 
 
-def _compile(source: str, arch: str, text: str) -> str:
-    kept = _kept(f"{source} {arch} {text}")
+def _compile(source: str, arch: str, text: str, headers: Headers) -> str:
+    kept = _kept(f"{source} {arch} {text} {headers}")
     if kept and kept.exists():
         return kept.read_text()
     with tempfile.TemporaryDirectory() as folder:
@@ -90,7 +101,10 @@ def _compile(source: str, arch: str, text: str) -> str:
         if text:
             given = Path(folder, given.name)
             given.write_text(text)
-        includes = [f"-I{CSRC}", f"-I{PROBES}"]
+        for path, changed in headers:
+            Path(folder, path).parent.mkdir(exist_ok=True)
+            Path(folder, path).write_text(changed)
+        includes = [f"-I{path}" for path in (folder, CSRC, PROBES)]  # first found wins
         command = [
             str(nvcc()),
             "-ptx",

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from emulator.backend import bytes_at
 from emulator.launch import emulate
 from emulator.parser import Kernel, parse
+from emulator.products import bytes_at
 from emulator.tensormap import TensorMap
 from emulator.unit import LOCKSTEP, Schedule
 from refinenet_fast.backends.ahead import compile_ahead

@@ -1,0 +1,162 @@
+"""The machine code of the CUDA backend's convolutions, as it lies in the built extension: what must hold of it.
+
+    python benchmarks/cuda_machine_code.py
+    python benchmarks/cuda_machine_code.py --arch 80
+
+Needs no GPU and compiles nothing: disassembles ``refinenet_fast._C`` and checks :data:`INVARIANTS`, which hold for any
+version of nvcc. Counts of registers and instructions are only shown. Exits with 1 where one is violated.
+"""
+
+import re
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+import options
+from refinenet_fast import _native, build_info
+from sass import TENSOR, disassembled, instructions_of, main_loop, usage
+
+# What the tensor cores are asked for, and how many products stand for one.
+PRODUCTS = {
+    "BFloat16": ("HMMA.16816.F32.BF16", 1),
+    "Float16": ("HMMA.16816.F32", 1),
+    "Tf32": ("HMMA.1688.F32.TF32", 1),
+    "Tf32x3": ("HMMA.1688.F32.TF32", 3),
+}
+INSTANCE = re.compile(
+    r"(?P<kernel>conv|grad)_kernelINS0_\d+(?P<arithmetic>[BFT]\w+?)ENS0_\d+(?P<way_in>Unchanged|Rectified)"
+    r"ENS0_\d+Copy(?P<copy>Chunks|Elements)ELi(?P<tile>\d+)E"
+)
+INSTANCES = 24 + 22  # of the convolution and of the weight gradient, which has no large tiles of three products
+
+
+@dataclass(frozen=True)
+class Code:
+    """One instance of a kernel template on one architecture."""
+
+    kernel: str
+    arithmetic: str
+    way_in: str
+    copy: str
+    tile: int
+    registers: int
+    memory: int  # bytes of stack and local memory
+    sass: tuple[str, ...]
+    loop: tuple[str, ...]  # the main one
+
+    def __str__(self) -> str:
+        return f"{self.kernel} {self.arithmetic} {self.way_in} {self.copy} {self.tile}"
+
+    def count(self, *names: str, loop: bool = False) -> int:
+        """How many instructions' names begin with one of these."""
+        return sum(text.startswith(names) for text in (self.loop if loop else self.sass))
+
+    @property
+    def tensor(self) -> Counter:
+        """The main loop's instructions on tensor cores, and how many of each."""
+        return Counter(text.split()[0] for text in self.loop if TENSOR.match(text))
+
+
+def read(arch: str) -> list[Code]:
+    """Every instance that was built for an architecture ("sm_80")."""
+    listing = disassembled(Path(_native._C.__file__), "-arch", arch)
+    _, *bodies = re.split(r"^\s+Function : (?=\S)", listing, flags=re.M)
+    found = []
+    for body in bodies:
+        name = body.split(maxsplit=1)[0]
+        if instance := INSTANCE.search(name):
+            registers, memory = usage(listing[listing.index(f"Function {name}:") :])
+            instructions = instructions_of(body)
+            texts = tuple(text for _, text in instructions)
+            fields = {**instance.groupdict(), "tile": int(instance["tile"])}
+            code = Code(**fields, registers=registers, memory=memory, sass=texts, loop=tuple(main_loop(instructions)))
+            found.append(code)
+    return found
+
+
+# -- what must hold ----------------------------------------------------------------------------------------------------
+
+
+def no_spills(code: Code) -> list[str]:
+    found = code.count("STL", "LDL")
+    return [f"spills: {found} instructions, {code.memory} bytes"] if found or code.memory else []
+
+
+def multiplies_as_intended(code: Code) -> list[str]:
+    """One stage's products: two steps along the sum, of a quarter of the tile for each warp."""
+    name, each = PRODUCTS[code.arithmetic]
+    want = {name: 2 * (code.tile // 32) * (code.tile // 16) * each}
+    return [] if dict(code.tensor) == want else [f"multiplies by {dict(code.tensor)} in the main loop, not {want}"]
+
+
+def copies_ahead(code: Code) -> list[str]:
+    """Behind the threads' backs, straight into shared memory."""
+    if code.copy == "Elements":
+        return []
+    wide = sum(text.startswith("LDGSTS") and ".128" in text for text in code.loop)
+    stores = code.count("STS", loop=True)
+    loads = code.count("LDG.", loop=True)
+    if wide == code.tile // 16 and not stores and not loads:
+        return []
+    return [f"{wide} LDGSTS, {stores} STS, {loads} LDG in the main loop"]
+
+
+def fragments_by_matrices(code: Code) -> list[str]:
+    """All but those of float32 that would have to be transposed."""
+    if code.kernel == "grad" and code.arithmetic.startswith("Tf32"):
+        return []
+    want = 2 * (code.tile // 32 + code.tile // 32)
+    found = [text for text in code.loop if text.startswith("LDSM.16") and ".4 " in text]
+    turned = sum(".MT88" in text for text in found)
+    if len(found) != want or turned != (want if code.kernel == "grad" else 0):
+        return [f"{len(found)} LDSM, {turned} transposed, of {want}"]
+    return []
+
+
+def relu_is_native(code: Code) -> list[str]:
+    """A 16-bit ReLU stays in its type."""
+    if code.way_in == "Unchanged" or code.arithmetic.startswith("Tf32"):
+        return []
+    promoted = code.count("FMNMX", "FSETP", "FSEL", loop=True)
+    native = code.count("HMNMX2", "VHMNMX", loop=True)
+    return [] if native and not promoted else [f"a 16-bit ReLU in float32: {promoted} instructions, {native} native"]
+
+
+INVARIANTS = (no_spills, multiplies_as_intended, copies_ahead, fragments_by_matrices, relu_is_native)
+
+
+def violations(code: Code) -> list[str]:
+    return [text for invariant in INVARIANTS for text in invariant(code)]
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+def architectures() -> list[str]:
+    """That the extension was built for, as they are named in it."""
+    return [f"sm_{arch.split('-')[0]}" for arch in build_info()["cuda"]["archs"]]
+
+
+def main() -> int:
+    parser = options.Parser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--arch", help="80, 90a, 100; default: all that were built")
+    args = parser.parse_args()
+    console, failed = Console(), False
+    for arch in [f"sm_{args.arch}"] if args.arch else architectures():
+        table = Table("instance", "registers", "instructions", "main loop", "products", title=arch)
+        for code in read(arch):
+            products = ", ".join(f"{count} {name}" for name, count in code.tensor.items())
+            found = violations(code)
+            failed = failed or bool(found)
+            sizes = map(str, (code, code.registers, len(code.sass), len(code.loop)))
+            table.add_row(*sizes, "; ".join([products, *found]), style="red" if found else None)
+        console.print(table)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,163 @@
+// Index functions and plans of the CUDA products, which are plain C++: against their definitions, at the ends of their
+// ranges too.
+#include <cstdio>
+#include <limits>
+#include <set>
+
+#include "cuda/plan.h"
+
+using namespace refinenet_fast;
+using namespace refinenet_fast::cuda;
+
+namespace {
+
+int failures = 0;
+
+void check(bool ok, const char* what, int64_t a = 0, int64_t b = 0) {
+  if (ok) return;
+  ++failures;
+  std::printf("FAILED %s (%lld, %lld)\n", what, static_cast<long long>(a), static_cast<long long>(b));
+}
+
+void divisions() {
+  const int32_t most = std::numeric_limits<int32_t>::max();
+  for (const int32_t by :
+       {1, 2, 3, 5, 7, 17, 127, 128, 255, 641, 65535, 65537, 1 << 30, (1 << 30) + 1, most - 1, most}) {
+    const Divider d = divider(by);
+    for (int64_t near = 0; near <= most; near += by > 1 << 16 ? by : int64_t{by} * (most / by / 1000 + 1)) {
+      for (int64_t n = near - 2; n <= near + 2; ++n) {
+        if (n >= 0 && n <= most) check(static_cast<int32_t>(n) / d == n / by, "quotient", n, by);
+      }
+    }
+    check(most / d == most / by, "quotient of the largest", most, by);
+  }
+}
+
+void pixels() {
+  const int32_t n = 3, h = 5, w = 7;
+  int32_t number = 0;
+  for (int32_t image = 0; image < n; ++image) {
+    for (int32_t row = 0; row < h; ++row) {
+      for (int32_t column = 0; column < w; ++column, ++number) {
+        const Pixel at = pixel_at(number, divider(h), divider(w));
+        check(at.image == image && at.row == row && at.column == column, "pixel", number);
+        for (const int32_t side : {1, 3}) {
+          const uint32_t bits = taps_inside(at, side, h, w);
+          for (int32_t t = 0; t < side * side; ++t) {
+            const int32_t y = row + t / side - side / 2, x = column + t % side - side / 2;
+            check((bits >> t & 1) == (y >= 0 && y < h && x >= 0 && x < w), "tap", number, t);
+          }
+        }
+      }
+    }
+  }
+}
+
+// Each chunk has a place of its own, and what a warp reads at once lies in different banks.
+template <int kRowBytes>
+void wide_rows() {
+  std::set<uint32_t> places;
+  for (uint32_t pixel = 0; pixel < 32; ++pixel) {
+    for (uint32_t chunk = 0; chunk < kRowBytes / 16; ++chunk) places.insert(wide_chunk<kRowBytes>(pixel, chunk));
+  }
+  check(places.size() == 32 * kRowBytes / 16 && *places.rbegin() < 32 * kRowBytes, "places in wide rows", kRowBytes);
+  for (uint32_t first = 0; first < 32; first += 8) {
+    std::set<uint32_t> columns, words;
+    for (uint32_t i = 0; i < 8; ++i) columns.insert(wide_chunk<kRowBytes>(first + i, 5) / 16 % 8);
+    for (uint32_t i = 0; i < 4; ++i) {
+      for (uint32_t chunk : {2, 3}) words.insert(wide_chunk<kRowBytes>(first + i, chunk) / 16 % 8);
+    }
+    check(columns.size() == 8 && words.size() == 8, "banks of wide rows", kRowBytes, first);
+  }
+}
+
+void narrow_rows() {
+  std::set<uint32_t> places;
+  for (uint32_t row = 0; row < 128; ++row) {
+    for (uint32_t chunk = 0; chunk < 4; ++chunk) places.insert(narrow_chunk(row, chunk));
+  }
+  check(places.size() == 512 && *places.rbegin() < 128 * kNarrowRow, "places in narrow rows");
+  for (uint32_t first = 0; first < 128; first += 8) {
+    std::set<uint32_t> lines;
+    for (uint32_t i = 0; i < 8; ++i) lines.insert(narrow_chunk(first + i, 1) / 16 % 8);
+    check(lines.size() == 8, "banks of narrow rows", first);
+  }
+}
+
+void splits() {
+  for (const int32_t steps : {1, 2, 7, 100}) {
+    for (const int32_t count : {1, 2, 3, 7, 150}) {
+      check(split_begin(steps, 0, count) == 0 && split_begin(steps, count, count) == steps, "ends", steps, count);
+      for (int32_t i = 0; i < count; ++i) {
+        const int32_t share = split_begin(steps, i + 1, count) - split_begin(steps, i, count);
+        check(share == steps / count || share == steps / count + 1, "share", steps, count);
+      }
+    }
+  }
+}
+
+PackedConvolution convolution(const Shape& shape, int64_t k, uintptr_t x = 256) {
+  PackedConvolution p{};
+  p.x = reinterpret_cast<const void*>(x);
+  p.shape = shape;
+  p.k = k;
+  p.side = 3;
+  p.dtype = DType::kBFloat16;
+  return p;
+}
+
+void convolution_plans() {
+  const Plan typical = plan(convolution({8, 128, 128, 256}, 256), 132);
+  check(typical.tile == kLarge && typical.whole_chunks && typical.blocks == 1024 * 2, "a large map", typical.blocks);
+  check(plan(convolution({1, 16, 16, 512}, 512), 132).tile == kSmall, "few tiles");
+  check(plan(convolution({8, 128, 128, 256}, 21), 132).tile == kSmall, "few output channels");
+  for (const auto& odd : {convolution({8, 128, 128, 254}, 256), convolution({8, 128, 128, 256}, 256, 258)}) {
+    check(!plan(odd, 132).whole_chunks && plan(odd, 132).tile == kSmall, "not in whole chunks");
+  }
+  check(typical.shared_bytes * kResident <= 163840, "two blocks on one multiprocessor of sm_80", typical.shared_bytes);
+}
+
+void weight_grad_plans() {
+  PackedWeightGrad p{};
+  p.shape = {8, 128, 128, 256};
+  p.k = 256;
+  p.side = 3;
+  p.dtype = DType::kBFloat16;
+  const Plan typical = plan(p, 132);
+  check(typical.tile == kLarge && typical.splits == 7 && typical.blocks == 2 * 2 * 9 * 7, "typical", typical.splits);
+  p.exact = true;
+  check(plan(p, 132).tile == kSmall, "three products");
+  p.shape = {1, 1, 1, 1};
+  check(plan(p, 132).splits == 1, "one pixel");
+  p.shape = {8, 128, 128, 4096};
+  p.k = 4096;
+  check(plan(p, 132).splits == 1, "sums as large as the limit");
+}
+
+void refusals() {
+  const int64_t billion = 1 << 30;
+  check(refusal({8, 128, 128, 256}, 256) == nullptr, "usual sizes");
+  check(refusal({1, 46340, 46340, 64}, 64) == nullptr, "2^31 - ... pixels");
+  check(refusal({0, 5, 5, 3}, 3) && refusal({1, 5, 5, 3}, 0), "nothing");
+  check(refusal({2, billion, 1, 1}, 1) && refusal({1, billion, billion, 1}, 1), "too many pixels");
+  check(refusal({billion, billion, billion, 1}, 1) != nullptr, "too many to multiply");
+  check(refusal({1, 1, 1, billion}, billion) != nullptr, "too many weights");
+  check(refusal({1, billion, 1, 1}, 64 * 200) != nullptr, "too many blocks");
+}
+
+}  // namespace
+
+int main() {
+  divisions();
+  pixels();
+  wide_rows<128>();
+  wide_rows<256>();
+  wide_rows<512>();
+  narrow_rows();
+  splits();
+  convolution_plans();
+  weight_grad_plans();
+  refusals();
+  std::printf("%d failed\n", failures);
+  return failures != 0;
+}
