@@ -23,6 +23,7 @@ from refinenet_fast.training.data import Order, TrainingSet, collate
 from refinenet_fast.training.distributed import Ranks, default_workers, ranks
 from refinenet_fast.training.evaluation import evaluate
 from refinenet_fast.training.files import BadInput
+from refinenet_fast.training.memory import autocast
 from refinenet_fast.training.metrics import scores
 from refinenet_fast.training.model_file import save_model
 from refinenet_fast.training.pictures import save_image, triptych
@@ -31,8 +32,6 @@ from refinenet_fast.training.prepare import Data, build_network, open_data, repo
 from refinenet_fast.training.run_folder import RunFolder
 from refinenet_fast.training.settings import TrainSettings
 from refinenet_fast.training.survey import Progress
-
-AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def without_bars(what: str, items: Iterable[Any], total: int) -> Iterable[Any]:
@@ -187,9 +186,7 @@ class Trainer:
         parts = min(settings.accumulate, len(images))
         for k, (some, truth) in enumerate(zip(images.tensor_split(parts), labels.tensor_split(parts))):
             with self._together(k == parts - 1):
-                with torch.autocast(
-                    group.device.type, AUTOCAST.get(settings.precision), enabled=settings.precision in AUTOCAST
-                ):
+                with autocast(group.device.type, settings.precision):
                     logits = self.forward(some)
                 wide = torch.promote_types(logits.dtype, torch.float32)
                 loss = F.cross_entropy(

@@ -14,6 +14,7 @@ from refinenet_fast.training import survey
 from refinenet_fast.training.data import Split, open_split
 from refinenet_fast.training.distributed import Ranks
 from refinenet_fast.training.files import BadInput
+from refinenet_fast.training.memory import AUTOCAST, step_bytes
 from refinenet_fast.training.model_file import Description, load_weights, read_model
 from refinenet_fast.training.settings import TrainSettings
 from refinenet_fast.training.survey import Progress, Survey
@@ -80,7 +81,13 @@ def build_network(settings: TrainSettings, data: Data, group: Ranks) -> tuple[Re
     arguments = settings.network()
     pretrained = settings.pretrained and settings.weights is None
     try:
-        model = RefineNet(data.train.num_classes, pretrained=pretrained, **arguments)
+        model = RefineNet(
+            data.train.num_classes,
+            pretrained=pretrained,
+            recompute_units=settings.recompute_units,
+            checkpoint_blocks=settings.checkpoint_blocks,
+            **arguments,
+        )
     except (TypeError, ValueError, ImportError, RuntimeError) as error:
         raise BadInput(" ".join(str(error).split())) from error
     if settings.weights is not None:
@@ -99,9 +106,7 @@ def report(settings: TrainSettings, data: Data, model: RefineNet, group: Ranks, 
     lines += [f"classes: {len(data.class_names)}" + _shares(settings, data)]
     parameters = sum(p.numel() for p in model.parameters())
     lines += [f"network: {settings.preset} on {model.trunk_name}, {parameters / 1e6:.1f} million parameters"]
-    dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(
-        settings.precision, model.classifier.weight.dtype
-    )
+    dtype = AUTOCAST.get(settings.precision, model.classifier.weight.dtype)
     backend = choose.resolve("rcu", torch.empty(0, dtype=dtype, device=group.device))
     lines += [f"runs on: {_device_name(group)}, backend {backend}, {settings.precision}, {group.world} process(es)"]
     lines += [f"expected memory: {memory(settings, model, group) / 2**30:.2f} GiB on each device, while training"]
@@ -137,13 +142,13 @@ def _device_name(group: Ranks) -> str:
 
 
 def memory(settings: TrainSettings, model: RefineNet, group: Ranks) -> int:
-    """Bytes that training is expected to hold: weights, gradients, the optimizer's state, what backward needs.
+    """Bytes that training is expected to hold: weights, the optimizer's state, and the peak of a step's tensors.
 
-    Autocast's smaller activations and what a framework holds beside tensors are not in it.
+    What a framework holds beside tensors, and kernels while they run, is not in it.
     """
     weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     states = {"sgd": 1 if settings.momentum else 0, "adamw": 2}[settings.optimizer]
     images = -(-settings.batch // (group.world * settings.accumulate))
-    saved = survey.saved_bytes(model, images, settings.crop)
-    return weights * (2 if settings.ema else 1) + trained * (1 + states) + saved
+    step = step_bytes(model, images, settings.crop, settings.precision)
+    return weights * (2 if settings.ema else 1) + trained * states + step

@@ -15,7 +15,7 @@ OPTIMIZERS = ("sgd", "adamw")
 PRECISIONS = ("float32", "bfloat16", "float16", "float64")
 WEIGHTINGS = ("none", "balanced")
 # What may differ when a run goes on: nothing of it changes the result.
-FREE = {"data", "device", "workers", "log_every", "save_every", "scan"}
+FREE = {"data", "device", "workers", "log_every", "save_every", "scan", "recompute_units", "checkpoint_blocks"}
 _CHOICES = {
     "layout": tuple(LAYOUTS),
     "optimizer": OPTIMIZERS,
@@ -70,6 +70,12 @@ class TrainSettings:
     ] = 0.0
 
     precision: Annotated[str, f"{', '.join(PRECISIONS)}; 16 bits by autocast."] = "float32"
+    recompute_units: Annotated[
+        bool, "Compute a part of each residual conv unit again in backward instead of keeping it."
+    ] = True
+    checkpoint_blocks: Annotated[
+        bool, "Compute whole blocks of the decoder and stages of the trunk again: the least memory."
+    ] = False
     compile: Annotated[bool, "Run the network through torch.compile."] = False
     device: Annotated[str, "auto, cpu, cuda or cuda:<n>."] = "auto"
     workers: Annotated[

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from refinenet_fast.training.data import Split
 from refinenet_fast.training.files import BadInput
@@ -95,28 +95,3 @@ def class_weights(
     counts = _padded(pixels, max(num_classes, len(pixels)))[:num_classes].double()
     inverse = torch.where(counts > 0, counts.sum() / counts.clamp(min=1), 0)
     return (inverse * (counts > 0).sum() / inverse.sum()).tolist()
-
-
-def saved_bytes(model: nn.Module, batch: int, crop: tuple[int, int]) -> int:
-    """Bytes that a forward pass keeps for backward, beside the parameters; nothing is computed for it."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    storages: dict[int, int] = {}
-    keep: list[Tensor] = []  # so that no address comes again
-
-    def pack(t: Tensor) -> Tensor:
-        storages[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
-        keep.append(t)
-        return t
-
-    parameter = next(model.parameters())
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        state: dict[str, Tensor] = {
-            k: mode.from_tensor(v) for k, v in (*model.named_parameters(), *model.named_buffers())
-        }
-        images = torch.zeros(batch, 3, *crop, dtype=parameter.dtype, device=parameter.device)
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            torch.func.functional_call(model, state, (images,))
-        for t in state.values():
-            storages.pop(t.untyped_storage()._cdata, None)
-    return sum(storages.values())
