@@ -6,6 +6,7 @@ from refinenet_fast import ops
 from refinenet_fast._native import build_info
 from refinenet_fast.backends import list_backends, use_backend
 from refinenet_fast.blocks import ChainedResidualPooling, MultiResolutionFusion, RefineNetBlock, ResidualConvUnit
+from refinenet_fast.exporting import export
 from refinenet_fast.model import RefineNet
 from refinenet_fast.tuning import tune
 
@@ -21,6 +22,7 @@ __all__ = [
     "RefineNetBlock",
     "ResidualConvUnit",
     "build_info",
+    "export",
     "list_backends",
     "ops",
     "tune",

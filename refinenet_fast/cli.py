@@ -213,7 +213,9 @@ def _show_scores(found: dict[str, Any]) -> None:
 
 @app.command()
 def predict(
-    inputs: Annotated[list[str], typer.Argument(help="Image files, folders, or patterns such as 'photos/*.jpg'.")],
+    inputs: Annotated[
+        list[str], typer.Argument(help="Image files, folders of them, videos, or patterns such as 'photos/*.jpg'.")
+    ],
     model: Model,
     out: Annotated[Path, typer.Option(help="Folder for classes/, colour/ and overlay/.")],
     outputs: Annotated[str, typer.Option(help="Which of them.")] = "classes,colour,overlay",
@@ -225,8 +227,9 @@ def predict(
     overlap: Overlap = 256,
     device: Device = "auto",
 ) -> None:
-    """Turn photos into masks: PNGs of class indices, of colours, and of the colours over the photo.
+    """Turn photos and videos into masks: PNGs of class indices, of colours, and of the colours over the photo.
 
+    Of a video, the last two are videos, and the first are the PNGs of its frames (needs refinenet_fast[video]).
     A file that cannot be read is reported and skipped; the exit code is then 3.
     """
     from refinenet_fast.training.distributed import ranks
@@ -242,9 +245,45 @@ def predict(
                 if problem is not None:
                     print(f"skipped: {problem}", file=sys.stderr)
                     skipped.append(file)
-    _say(f"{len(files) - len(skipped)} of {len(files)} images: {out}")
+    _say(f"{len(files) - len(skipped)} of {len(files)} files: {out}")
     if skipped:
         raise typer.Exit(SKIPPED)
+
+
+# -- export -------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def export(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="The file.")],
+    format: Annotated[str, typer.Option(help="onnx, or torch: what torch.export.load reads.")] = "onnx",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")] = False,
+    num_classes: NumClasses = None,
+) -> None:
+    """Write a trained network for other programs: any batch, any size from 33 pixels on, normalisation inside.
+
+    It takes "images", float32 (N, 3, H, W), RGB from 0 to 1, and gives "logits", (N, classes, H, W).
+    """
+    from refinenet_fast.exporting import FORMATS
+    from refinenet_fast.exporting import export as write
+    from refinenet_fast.training.model_file import load_model
+
+    if format not in FORMATS:
+        raise BadInput(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
+    if out.exists() and not overwrite:
+        raise BadInput(f"{out}: there already; --overwrite replaces it")
+    network, description = load_model(model, num_classes)
+    about = {"class_names": description.class_names, "image_scale": description.scale}
+    try:
+        write(network, out, format, mean=description.mean, std=description.std, metadata=about)
+    except ImportError as error:
+        raise BadInput(str(error)) from error
+    except OSError as error:
+        raise BadInput(f"{out}: cannot be written: {error.strerror or error}") from error
+    if description.scale != 1:
+        _say(f"it was trained on images scaled by {description.scale:g}: scale them before it sees them")
+    _say(f"written: {out}")
 
 
 # -- the rest -----------------------------------------------------------------------------------------------------
@@ -309,7 +348,8 @@ def doctor() -> None:
     from refinenet_fast.backends.table import user_folder
 
     table = Table("package", "version")
-    for name in ("refinenet_fast", "torch", "triton", "timm", "torchvision", "safetensors", "pillow", "scipy"):
+    core, extras = ("refinenet_fast", "torch", "triton", "timm"), ("torchvision", "safetensors", "pillow", "scipy")
+    for name in (*core, *extras, "av", "tensorboard", "onnx", "onnxscript"):
         try:
             table.add_row(name, importlib.metadata.version(name))
         except importlib.metadata.PackageNotFoundError:

@@ -12,43 +12,26 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("timm")
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
-bench_model = pytest.importorskip("bench_model", reason="needs the checkout's benchmarks/")
+bench_train = pytest.importorskip("bench_train", reason="needs the checkout's benchmarks/")
 
 from common import assert_same_bits  # noqa: E402
 from refinenet_fast import RefineNet  # noqa: E402
-from refinenet_fast.training.memory import LiveBytes, autocast, step_bytes  # noqa: E402
+from refinenet_fast.training.memory import LiveBytes, step_bytes  # noqa: E402
 
-SIDE, CLASSES = 256, 21
+CLASSES = 21
 PRECISIONS = ["float32", "bfloat16"]
 
 
 def network(kind: str, **options) -> RefineNet:
     made = RefineNet(CLASSES, freeze_bn=True, **{"trunk": "resnet50", **options})
-    return bench_model.plain(made) if kind == "plain" else made
+    return bench_train.plain(made) if kind == "plain" else made
 
 
 def decoder_bytes(made: RefineNet, precision: str) -> int:
-    """What blocks, classifier and upsampling save for backward, beside what they are given."""
-    saved: dict[int, Tensor] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        saved[t.untyped_storage()._cdata] = t
-        return t
-
-    with FakeTensorMode(allow_non_fake_inputs=True), autocast("cpu", precision):
-        images = torch.empty(1, 3, SIDE, SIDE)
-        with torch.no_grad():
-            maps = made._features(0, 1.0, images, again=False)
-        maps = [t.requires_grad_() for t in maps]
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            made._resize(made._decode([maps]), images)
-        for t in (*made.parameters(), *made.buffers(), *maps):
-            saved.pop(t.untyped_storage()._cdata, None)
-    return sum(t.untyped_storage().nbytes() for t in saved.values())
+    return bench_train.decoder_bytes(made, (1, 3, 256, 256), precision)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,15 +16,21 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from refinenet_fast import files
+from refinenet_fast.files import PARTIAL
+
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 IMAGE_MODES = ("RGB", "L", "P", "1")
 MASK_MODES = ("P", "L", "1", "I;16")
-PARTIAL = ".partial"  # of a file that is being written
 _ORIENTATION = 0x0112  # EXIF's tag
 
 
 class BadInput(Exception):
     """What the user gave cannot be used. The message is one line, and is shown without a traceback."""
+
+
+class Unreadable(BadInput):
+    """A file of the user's that cannot be read or decoded, or is of another kind; others may do."""
 
 
 def first_line(error: BaseException) -> str:
@@ -86,49 +93,56 @@ def _opened(path: Path, modes: tuple[str, ...], expected: str) -> Iterator[Image
             transparent = image.mode == "P" and "transparency" in image.info and modes is IMAGE_MODES
             if image.mode not in modes or transparent:
                 mode = "P with transparency" if transparent else image.mode
-                raise BadInput(f"{path}: expected {expected}, got mode {mode}")
+                raise Unreadable(f"{path}: expected {expected}, got mode {mode}")
             yield image
     except FileNotFoundError as error:
-        raise BadInput(f"{path}: there is no such file") from error
+        raise Unreadable(f"{path}: there is no such file") from error
     except PermissionError as error:
-        raise BadInput(f"{path}: expected a file that can be read, got no permission to") from error
+        raise Unreadable(f"{path}: expected a file that can be read, got no permission to") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow raises all of them
         reason = first_line(error)
-        raise BadInput(f"{path}: expected an image, got a file that cannot be decoded ({reason})") from error
+        raise Unreadable(f"{path}: expected an image, got a file that cannot be decoded ({reason})") from error
 
 
-def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Write a file so that ``path`` is the old one or the whole new one, whatever happens, a power cut included.
-
-    It is written beside, synced, renamed, and the folder is synced.
+@contextmanager
+def whole(path: Path) -> Iterator[BinaryIO]:
+    """:func:`refinenet_fast.files.whole`.
 
     Raises:
         BadInput: The disk is full, or it cannot be written; ``path`` is as it was.
     """
-    partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        sync_folder(path.parent)
+        with files.whole(path) as file:
+            yield file
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         reason = "the disk is full" if full else error.strerror or str(error)
         raise BadInput(f"{path}: cannot be written: {reason}") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
-def sync_folder(folder: Path) -> None:
-    """Make the names in ``folder`` last."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """``write`` to a :func:`whole` file."""
+    with whole(path) as file:
+        write(file)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A folder to write files in, that takes the place of ``path`` when the block is done; where it raises, none does.
+
+    Raises:
+        BadInput: It cannot be written.
+    """
+    partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
     try:
-        os.fsync(descriptor)
+        partial.mkdir(parents=True)
+        yield partial
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(partial, path)
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be written: {error.strerror or error}") from error
     finally:
-        os.close(descriptor)
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_json(path: Path, content: Any) -> None:

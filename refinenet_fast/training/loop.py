@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -17,8 +16,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
-from refinenet_fast.training import checkpoint, survey
+from refinenet_fast.training import checkpoint, survey, tensorboard
 from refinenet_fast.training.augment import Augment
+from refinenet_fast.training.clock import Clock
 from refinenet_fast.training.data import Order, TrainingSet, collate
 from refinenet_fast.training.distributed import Ranks, default_workers, ranks
 from refinenet_fast.training.evaluation import evaluate
@@ -64,6 +64,8 @@ def train(
         tell = say if group.first else lambda line: None
         shown = progress if group.first else without_bars
         group.on_first(lambda: folder.check(settings, resume, overwrite))
+        if settings.tensorboard:
+            tensorboard.check_installed()
         data = open_data(settings, group, shown)
         model, description = build_network(settings, data, group)
         group.on_first(lambda: folder.claim(settings, resume, overwrite))
@@ -91,7 +93,7 @@ class Trainer:
         self.model, self.description, self.say, self.progress = model, description, say, progress
         self.steps_per_epoch = -(-len(data.train) // settings.batch)
         self.steps = settings.epochs * self.steps_per_epoch
-        self.step, self.best, self.waited = 0, -math.inf, 0.0
+        self.step, self.best = 0, -math.inf
         self.optimizer = _optimizer(settings, model)
         self.scheduler = torch.optim.lr_scheduler.PolynomialLR(self.optimizer, self.steps, settings.power)
         self.scaler = torch.amp.GradScaler(group.device.type, enabled=settings.precision == "float16")
@@ -101,6 +103,7 @@ class Trainer:
         self.weight = self._class_weights()
         torch.manual_seed(settings.seed + group.rank)  # dropout differs between ranks
         self._restore()
+        self.events = tensorboard.Events(folder.events, self.step) if settings.tensorboard and group.first else None
         # After the weights are restored: it hands out those of the first rank.
         self.parallel = DistributedDataParallel(model, broadcast_buffers=False) if group.world > 1 else model
         self.forward = torch.compile(self.parallel) if settings.compile else self.parallel
@@ -125,7 +128,7 @@ class Trainer:
         # Where float16 overflows, the scaler leaves a step of the optimizer out, and the scheduler goes on.
         warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
         self.model.train()
-        began = time.perf_counter()
+        self.clock = Clock()
         for images, labels in self.progress("train", self._batches(), self.steps - self.step):
             lr = self.optimizer.param_groups[-1]["lr"]
             loss = self._update(images, labels)
@@ -133,14 +136,17 @@ class Trainer:
             ends = self.step % self.steps_per_epoch == 0
             saves = ends or (self.settings.save_every and self.step % self.settings.save_every == 0)
             if saves or self.step % self.settings.log_every == 0:
-                now = time.perf_counter()
-                self._log(loss=self._finite(loss), lr=lr, seconds=now - began, waited=self.waited)
-                began, self.waited = now, 0.0
-            if ends and self.data.val is not None:
-                self._validate()
-                began = time.perf_counter()
-            if saves:
-                self._save()
+                value = self._finite(loss)
+                seconds, waited = self.clock.lap()
+                self._log(loss=value, lr=lr, seconds=seconds, waited=waited)
+            with self.clock.paused():
+                if ends and self.data.val is not None:
+                    self._validate()
+                if saves:
+                    self._save()
+        self.say(self.clock.summary())
+        if self.events is not None:
+            self.events.close()
         if self.group.first:
             save_model(self.folder.last, self.network, self.description)
             if self.data.val is None or not self.folder.best.exists():
@@ -161,14 +167,11 @@ class Trainer:
             pin_memory=group.device.type == "cuda",
             generator=torch.Generator(),  # the seed of its workers, drawn where it begins, is none of dropout's numbers
         )
-        began = time.perf_counter()
-        for batch in loader:
+        for batch in self.clock.waiting(loader):
             if isinstance(batch, BadInput):
                 raise batch
-            self.waited += time.perf_counter() - began
             images, labels = (t.to(group.device, non_blocking=True) for t in batch)
             yield images.to(self.model.classifier.weight.dtype), labels
-            began = time.perf_counter()
 
     def _update(
         self,
@@ -226,6 +229,8 @@ class Trainer:
         if self.group.first:
             rounded = {k: f"{v:.17g}" if k == "loss" else f"{v:.6g}" for k, v in values.items()}
             self.folder.write_log({"step": self.step, "epoch": self._epoch(), **rounded})
+        if self.events is not None:
+            self.events.scalars(self.step, values)
 
     def _epoch(self) -> int:
         return -(-self.step // self.steps_per_epoch)
@@ -258,6 +263,8 @@ class Trainer:
         found = {k: math.nan if found[k] is None else found[k] for k in ("miou", "pixel_accuracy", "mean_accuracy")}
         if self.group.first:
             save_image(self.folder.previews / f"epoch-{self._epoch():04d}.png", shown[0])
+        if self.events is not None:
+            self.events.picture(self.step, shown[0])
         self._log(**found)
         self.say(f"epoch {self._epoch()}: mIoU {found['miou']:.4f}, pixel accuracy {found['pixel_accuracy']:.4f}")
         if found["miou"] > self.best:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -15,8 +16,9 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from refinenet_fast.model import RefineNet
+from refinenet_fast.training import video
 from refinenet_fast.training.augment import normalise
-from refinenet_fast.training.files import BadInput, images_below, read_image
+from refinenet_fast.training.files import BadInput, Unreadable, images_below, read_image, whole_folder
 from refinenet_fast.training.model_file import Description
 from refinenet_fast.training.pictures import coloured, overlaid, palette, save_image, save_mask
 
@@ -154,7 +156,8 @@ def predict_files(
     """Write ``<output>/<name>.png`` of every file: class indices, colours, the colours over the image.
 
     Args:
-        files: As :func:`find_inputs` gives them.
+        files: As :func:`find_inputs` gives them. Of a video, colours and overlay are ``<output>/<name>.mp4``, and the
+            class indices of its frames PNGs in the folder ``classes/<name>``.
 
     Yields:
         Each file when it is done, and why it was skipped, or None.
@@ -164,36 +167,61 @@ def predict_files(
     """
     if unknown := set(outputs) - set(OUTPUTS):
         raise BadInput(f"outputs: expected some of {', '.join(OUTPUTS)}, got {', '.join(sorted(unknown))}")
-    for path in (_output(out, output, name) for name in files.values() for output in outputs):
+    for path in (_output(out, output, file, name) for file, name in files.items() for output in outputs):
         if path.exists() and not overwrite:
             raise BadInput(f"{path}: there already; --overwrite replaces it")
     for file, name in files.items():
+        paths = {output: _output(out, output, file, name) for output in outputs}
+        problem = None
         try:
-            image = read_image(file)
-        except BadInput as error:
-            yield file, error
-            continue
-        _write(segment(image).numpy(), image, out, name, outputs, segment.description.num_classes)
-        yield file, None
+            (_predict_video if _is_video(file) else _predict_image)(segment, file, paths)
+        except Unreadable as error:
+            problem = error
+        yield file, problem
 
 
-def _output(out: Path, output: str, name: Path) -> Path:
-    return out / output / name.parent / f"{name.name}.png"
+def _is_video(file: Path) -> bool:
+    return file.suffix.lower() in video.SUFFIXES
 
 
-def _write(
+def _output(out: Path, output: str, file: Path, name: Path) -> Path:
+    ending = ".png" if not _is_video(file) else "" if output == "classes" else ".mp4"
+    return out / output / name.parent / f"{name.name}{ending}"
+
+
+def _predict_image(segment: Segmenter, file: Path, paths: Mapping[str, Path]) -> None:
+    image = read_image(file)
+    classes = segment(image).numpy()
+    colours = palette(segment.description.num_classes)
+    if "classes" in paths:
+        _save_classes(paths["classes"], classes, segment)
+    if "colour" in paths:
+        save_mask(paths["colour"], np.minimum(classes, 255).astype(np.uint8), colours)
+    if "overlay" in paths:
+        save_image(paths["overlay"], overlaid(image.permute(1, 2, 0).numpy(), coloured(classes, colours)))
+
+
+def _predict_video(segment: Segmenter, file: Path, paths: Mapping[str, Path]) -> None:
+    """Frame by frame; where a frame cannot be decoded, nothing of the whole video is written."""
+    colours = palette(segment.description.num_classes)
+    videos: dict[str, video.Writer] = {}
+    with ExitStack() as stack:
+        folder = stack.enter_context(whole_folder(paths["classes"])) if "classes" in paths else None
+        for number, frame in enumerate(video.frames(file)):
+            classes = segment(torch.from_numpy(frame.pixels).permute(2, 0, 1)).numpy()
+            if folder is not None:
+                _save_classes(folder / f"{number:06d}.png", classes, segment)
+            colour = coloured(classes, colours)
+            shown = {"colour": colour, "overlay": overlaid(frame.pixels, colour)}
+            for output in shown.keys() & paths.keys():
+                if output not in videos:
+                    videos[output] = stack.enter_context(video.writing(paths[output], frame))
+                videos[output].write(frame._replace(pixels=shown[output]))
+
+
+def _save_classes(
+    path: Path,
     classes: np.ndarray,  # (H, W)
-    image: Tensor,  # (3, H, W) uint8
-    out: Path,
-    name: Path,
-    outputs: Sequence[str],
-    num_classes: int,
+    segment: Segmenter,
 ) -> None:
-    colours = palette(num_classes)
-    if "classes" in outputs:
-        save_image(_output(out, "classes", name), classes.astype(np.uint8 if num_classes <= 256 else np.uint16))
-    if "colour" in outputs:
-        save_mask(_output(out, "colour", name), np.minimum(classes, 255).astype(np.uint8), colours)
-    if "overlay" in outputs:
-        pixels = overlaid(image.permute(1, 2, 0).numpy(), coloured(classes, colours))
-        save_image(_output(out, "overlay", name), pixels)
+    save_image(path, classes.astype(np.uint8 if segment.description.num_classes <= 256 else np.uint16))

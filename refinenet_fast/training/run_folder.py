@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from refinenet_fast.training.files import PARTIAL, BadInput, read_json, write_json, write_whole
+from refinenet_fast.files import PARTIAL
+from refinenet_fast.training.files import BadInput, read_json, write_json, write_whole
 from refinenet_fast.training.model_file import BEST, LAST
 from refinenet_fast.training.settings import FREE, TrainSettings
 
@@ -38,6 +39,10 @@ class RunFolder:
     @property
     def previews(self) -> Path:
         return self.path / "previews"
+
+    @property
+    def events(self) -> Path:
+        return self.path / "tensorboard"
 
     @property
     def best(self) -> Path:
@@ -88,7 +93,7 @@ class RunFolder:
 
     def _clear(self) -> None:
         """Delete what a run writes, and nothing else."""
-        for folder in (self.checkpoints, self.previews):
+        for folder in (self.checkpoints, self.previews, self.events):
             shutil.rmtree(folder, ignore_errors=True)
         for file in (self.settings, self.log, self.best, self.last):
             file.unlink(missing_ok=True)

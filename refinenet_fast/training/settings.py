@@ -15,7 +15,10 @@ OPTIMIZERS = ("sgd", "adamw")
 PRECISIONS = ("float32", "bfloat16", "float16", "float64")
 WEIGHTINGS = ("none", "balanced")
 # What may differ when a run goes on: nothing of it changes the result.
-FREE = {"data", "device", "workers", "log_every", "save_every", "scan", "recompute_units", "checkpoint_blocks"}
+FREE = {
+    *("data", "device", "workers", "log_every", "save_every", "scan"),
+    *("recompute_units", "checkpoint_blocks", "tensorboard"),
+}
 _CHOICES = {
     "layout": tuple(LAYOUTS),
     "optimizer": OPTIMIZERS,
@@ -84,6 +87,7 @@ class TrainSettings:
     seed: Annotated[int, "Of the weights, the order, the augmentation and dropout."] = 0
     log_every: Annotated[int, "Steps between two rows of log.csv."] = 10
     save_every: Annotated[int, "Steps between two checkpoints, beside the one after each epoch; 0: none."] = 0
+    tensorboard: Annotated[bool, "Also write what log.csv holds, and the pictures, for TensorBoard."] = False
 
     def __post_init__(self) -> None:
         for name, known in _CHOICES.items():
