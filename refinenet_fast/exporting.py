@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import warnings
 from collections.abc import Mapping, Sequence
@@ -88,6 +89,8 @@ def export(
         raise TypeError(f"model: expected a RefineNet, got {type(model).__name__}")
     _check.choice(format, "format", FORMATS)
     _check_normalisation(mean, std)
+    if format == "onnx":
+        _check_installed()
     kept = {key: value if isinstance(value, str) else json.dumps(value) for key, value in (metadata or {}).items()}
     path, write = Path(path), {"onnx": _write_onnx, "torch": _write_program}[format]
     deployed: nn.Module = copy.deepcopy(model).eval()
@@ -105,6 +108,14 @@ def _check_normalisation(mean: Any, std: Any) -> None:
             raise ValueError(f"{name}: expected three values, got {values!r}")
 
 
+def _check_installed() -> None:
+    for package in ("onnx", "onnxscript"):
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise ImportError(f"format: onnx needs {package}: run `pip install 'refinenet_fast[export]'`") from error
+
+
 def _program(deployed: nn.Module, like: Tensor) -> ExportedProgram:
     """Dynamic in batch, height and width, which raises should the trace take one of them for a constant."""
     images = torch.zeros(2, 3, 70, 102, dtype=like.dtype, device=like.device)
@@ -120,11 +131,6 @@ def _write_program(program: ExportedProgram, path: Path, metadata: dict[str, str
 
 
 def _write_onnx(program: ExportedProgram, path: Path, metadata: dict[str, str]) -> None:
-    try:
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise ImportError(f"format: onnx needs {error.name}: run `pip install 'refinenet_fast[export]'`") from error
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter's own parts that are deprecated
         names: dict[str, Any] = {"input_names": [INPUT], "output_names": [OUTPUT]}

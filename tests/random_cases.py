@@ -144,6 +144,7 @@ def crp(draw: Draw, data: Data, backend: str) -> Case:
 def rcu(draw: Draw, data: Data, backend: str) -> Case:
     options: dict[str, Any] = {"kernel": draw.choice([1, 3, 3]), "skip": draw.choice(["raw", "relu"])}
     options |= {"units": draw.choice([1, 1, 2, 3]), "middle": draw.choice([None, draw.channels()])}
+    options["recompute"] = draw.chance(0.5)
     return hot_path(draw, rcu_call(draw.shape(), data, biases="12", **options), 1, backend)
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import resource
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
+from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +20,12 @@ pytest.importorskip("torchvision")
 from PIL import Image
 
 from refinenet_fast.model import Prediction
-from refinenet_fast.training.files import BadInput, read_mask
+from refinenet_fast.training import video
+from refinenet_fast.training.files import BadInput, Unreadable, read_mask
 from refinenet_fast.training.model_file import Description
 from refinenet_fast.training.pictures import palette
 from refinenet_fast.training.prediction import Segmenter, find_inputs, predict_files, spans
+from training_runs import processes
 
 
 class Brightness(nn.Module):
@@ -164,3 +169,102 @@ def test_colours_are_those_of_voc():
     colours = palette(256)
     assert colours[[0, 1, 2, 15]].tolist() == [[0, 0, 0], [128, 0, 0], [0, 128, 0], [192, 128, 128]]
     assert len({tuple(c) for c in colours.tolist()}) == 256 and (palette(5)[5:] == 255).all()
+
+
+# -- videos -------------------------------------------------------------------------------------------------------
+
+
+def film(path: Path, size: tuple[int, int] = (22, 31), count: int = 5) -> Path:
+    """A dark video that becomes bright, a frame every 1/10 s but the last, which comes late."""
+    pytest.importorskip("av")
+    frames = [
+        video.Frame(np.full((*size, 3), 255 * k // (count - 1), np.uint8), k + (k == count - 1), Fraction(1, 10))
+        for k in range(count)
+    ]
+    with video.writing(path, frames[0]) as writer:
+        for frame in frames:
+            writer.write(frame)
+    return path
+
+
+def test_a_video(segment, tmp_path):
+    path = film(tmp_path / "in" / "a.mp4")
+    found = find_inputs([str(path)])
+    assert list(predict_files(segment, found, tmp_path / "out")) == [(path, None)]
+    masks = sorted((tmp_path / "out" / "classes" / "a").iterdir())
+    assert [mask.name for mask in masks] == [f"{k:06d}.png" for k in range(5)]
+    given = list(video.frames(path))
+    for mask, frame in zip(masks, given, strict=True):
+        assert torch.equal(read_mask(mask), segment(torch.from_numpy(frame.pixels).permute(2, 0, 1)).long())
+    assert not read_mask(masks[0]).any() and read_mask(masks[-1]).all()
+    for output in ("colour", "overlay"):
+        shown = list(video.frames(tmp_path / "out" / output / "a.mp4"))
+        assert [frame.time * frame.unit for frame in shown] == [frame.time * frame.unit for frame in given]
+        assert {frame.pixels.shape for frame in shown} == {(22, 32, 3)}
+    assert shown[-1].pixels.mean() > shown[0].pixels.mean() + 50
+    with pytest.raises(BadInput, match=r"classes/a: there already; --overwrite replaces it"):
+        list(predict_files(segment, found, tmp_path / "out"))
+    assert list(predict_files(segment, found, tmp_path / "out", ["classes"], overwrite=True)) == [(path, None)]
+
+
+def test_a_video_that_breaks_off_leaves_nothing(segment, tmp_path, monkeypatch):
+    path, image = film(tmp_path / "in" / "a.mp4"), photo(tmp_path / "in" / "b.png")
+    whole = video.frames
+
+    def broken(file: Path) -> Iterator[video.Frame]:
+        yield from islice(whole(file), 2)
+        raise Unreadable(f"{file}: broken")
+
+    monkeypatch.setattr(video, "frames", broken)
+    results = dict(predict_files(segment, find_inputs([str(path), str(image)]), tmp_path / "out"))
+    assert str(results[path]) == f"{path}: broken" and results[image] is None
+    assert {p.name for p in (tmp_path / "out").rglob("*") if p.is_file()} == {"b.png"}
+
+
+@pytest.mark.parametrize("content", [b"", b"no video at all", b"cut"])
+def test_a_file_that_is_no_video_is_skipped(segment, tmp_path, content):
+    path = film(tmp_path / "a.mp4")
+    path.write_bytes(path.read_bytes()[:200] if content == b"cut" else content)
+    ((_, problem),) = predict_files(segment, find_inputs([str(path)]), tmp_path / "out")
+    assert "a.mp4: expected a video, got a file" in str(problem) and "\n" not in str(problem)
+    assert not (tmp_path / "out").exists() or not [p for p in (tmp_path / "out").rglob("*") if p.is_file()]
+
+
+def test_without_the_extra_videos_say_what_to_install(segment, tmp_path, monkeypatch):
+    path = film(tmp_path / "a.mp4")
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(BadInput, match=r"videos need PyAV: run `pip install 'refinenet_fast\[video\]'`"):
+        list(predict_files(segment, find_inputs([str(path)]), tmp_path / "out"))
+
+
+# -- memory -------------------------------------------------------------------------------------------------------
+
+
+def predict_large(side: int, folder: Path) -> None:
+    """All outputs of a square image, by a narrow network in tiles; the process's peak memory goes into a file."""
+    from refinenet_fast import RefineNet
+
+    torch.set_num_threads(1)
+    model = RefineNet(3, "test_resnet", width=8, deep_width=8).eval()
+    segment = Segmenter(model, Description({}, list("abc"), [0.5] * 3, [0.5] * 3), tile=256, overlap=64)
+    image = folder / f"{side}.png"
+    Image.fromarray(np.zeros((side, side, 3), np.uint8)).save(image)
+    list(predict_files(segment, {image: Path(str(side))}, folder / "out"))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    (folder / f"{side}.txt").write_text(str(peak))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kilobytes on Linux")
+def test_peak_memory_grows_by_few_bytes_a_pixel(tmp_path):
+    """Of a whole prediction, files and pictures included; 10,000 x 10,000 pixels then need under 6 GB."""
+    pytest.importorskip("timm")
+    sides, peaks = (600, 2600), []
+    for side in sides:
+        process = processes().Process(target=predict_large, args=(side, tmp_path))
+        process.start()
+        process.join()
+        assert process.exitcode == 0
+        peaks.append(int((tmp_path / f"{side}.txt").read_text()))
+    pixels = sides[1] ** 2 - sides[0] ** 2
+    assert (peaks[1] - peaks[0]) / pixels < 30

@@ -6,8 +6,13 @@ import csv
 import dataclasses
 import os
 import random
+import re
+import shutil
 import socket
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,11 +25,13 @@ from safetensors.torch import load_file
 
 from refinenet_fast import RefineNet
 from refinenet_fast.training import checkpoint
+from refinenet_fast.training.clock import Clock
 from refinenet_fast.training.files import BadInput, read_json
 from refinenet_fast.training.loop import train
 from refinenet_fast.training.model_file import Description, load_model, save_model
+from refinenet_fast.training.samples import write_samples
 from refinenet_fast.training.settings import TrainSettings
-from training_runs import processes, samples, settings, train_quietly
+from training_runs import processes, samples, settings, train_quietly, train_with_little_room
 
 KILLS = int(os.environ.get("REFINENET_FAST_KILLS", "6"))
 
@@ -126,6 +133,58 @@ def test_compiled(data, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
     train(settings(data, epochs=1, val_split="", compile=True), tmp_path / "run")
     assert len(compiled) == 1
+
+
+def test_tensorboard_has_what_the_log_has(data, tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    train(settings(data, tensorboard=True), tmp_path / "run")
+    found = events.EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    logged = losses(tmp_path / "run")
+    assert [event.value for event in found.Scalars("loss")] == pytest.approx(logged)
+    assert [event.step for event in found.Scalars("loss")] == list(range(1, 1 + len(logged)))
+    assert [event.step for event in found.Scalars("miou")] == [3, 6]
+    assert len(found.Images("input, truth, prediction")) == 2
+
+
+def test_without_tensorboard_it_says_what_to_install(data, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with pytest.raises(BadInput, match=r"pip install 'refinenet_fast\[tensorboard\]'"):
+        train(settings(data, tensorboard=True), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_keep_up(tmp_path, monkeypatch):
+    """At the default number of workers: of images of 360x480, a step waits for data under 5 percent of its time."""
+    torch.set_num_threads(os.cpu_count() or 1)
+    write_samples(tmp_path / "samples", 16, 1, (360, 480))
+    wanted = settings(
+        tmp_path / "samples", trunk="resnet18", width=32, crop=(256, 256), batch=4, workers=None, colour=0.3, epochs=3
+    )
+    said: list[str] = []
+    train(wanted, tmp_path / "run", say=said.append)
+    rows = [row for row in log(tmp_path / "run") if row["seconds"]][1:]  # while the first batch is made, workers start
+    share = sum(float(row["waited"]) for row in rows) / sum(float(row["seconds"]) for row in rows)
+    assert share < 0.05
+    (line,) = [line for line in said if "waiting for data" in line]
+    assert float(re.search(r"([\d.]+) % of them", line)[1]) == pytest.approx(100 * share, abs=1)
+
+
+def test_a_clock_tells_waiting_from_working():
+    clock = Clock()
+    for number, _ in enumerate(clock.waiting(slowly([0.2, 0.05, 0.05]))):
+        time.sleep(0.1)
+        with clock.paused():
+            time.sleep(0.2)
+        seconds, waited = clock.lap()
+        assert 0.1 <= seconds - waited < 0.2 and waited >= (0.2 if number == 0 else 0.05)
+    assert 0.1 <= clock.waited < 0.2 and clock.share == clock.waited / clock.seconds
+    assert "more --workers may help" in clock.summary()
+
+
+def slowly(waits: list[float]) -> Iterator[float]:
+    for seconds in waits:
+        time.sleep(seconds)
+        yield seconds
 
 
 # -- several ranks ------------------------------------------------------------------------------------------------
@@ -266,6 +325,45 @@ def test_a_full_disk_stops_the_run_and_the_last_checkpoint_loads(data, tmp_path,
     assert checkpoint.load_newest(tmp_path / "run" / "checkpoints", print)["step"] == 3
     assert not list(tmp_path.rglob("*.partial"))
     train(wanted, tmp_path / "run", resume=True)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own, of 10 MB (a checkpoint has 3.5), and what gives it more; where none may be mounted, a
+    folder and None."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(options: str) -> bool:
+        words = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+        return shutil.which("mount") is not None and subprocess.run(words, capture_output=True).returncode == 0
+
+    mounted = mount("size=10m")
+    yield folder, (lambda: mount("remount,size=64m")) if mounted else None
+    if mounted:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs tmpfs, or a limit on the size of files")
+def test_a_disk_that_is_really_full(data, small_disk, tmp_path):
+    """The run says so in one line, the last good checkpoint loads, and with room again it ends at the same bits.
+
+    Where nothing may be mounted: files that may not become as large as a checkpoint, from the third one on.
+    """
+    folder, grow = small_disk
+    wanted = settings(data, epochs=3, save_every=1)
+    arguments = (wanted, folder / "run", None if grow else 1 << 20, tmp_path / "said")
+    process = processes().Process(target=train_with_little_room, args=arguments)
+    process.start()
+    process.join()
+    said = (tmp_path / "said").read_text()
+    assert ("cannot be written: the disk is full" if grow else "cannot be written: File too large") in said
+    assert process.exitcode == 0 and "\n" not in said and not list(folder.rglob("*.partial"))
+    assert checkpoint.load_newest(folder / "run" / "checkpoints", print)["step"] == 2
+    assert grow is None or grow()
+    train(wanted, folder / "run", resume=True)
+    train(wanted, tmp_path / "whole")
+    assert_same_weights(folder / "run", tmp_path / "whole")
 
 
 def test_every_random_state_comes_back():

@@ -50,6 +50,33 @@ def train_quietly(wanted: TrainSettings, out: Path, resume: bool = False, enviro
     train(wanted, out, resume=resume)
 
 
+def train_with_little_room(wanted: TrainSettings, out: Path, limit: int | None, said: Path) -> None:
+    """A run that is expected to end for want of room, and the one line that it ends with.
+
+    Args:
+        limit: Bytes that a file may have from the third checkpoint on; None: the disk itself is small.
+    """
+    import resource
+
+    from refinenet_fast.training import checkpoint
+    from refinenet_fast.training.files import BadInput
+    from refinenet_fast.training.loop import train
+
+    saved = checkpoint.save
+
+    def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
+        if step == 3 and limit is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        return saved(folder, step, state)
+
+    checkpoint.save = save
+    torch.set_num_threads(1)
+    try:
+        train(wanted, out)
+    except BadInput as error:
+        said.write_text(str(error))
+
+
 def processes() -> Any:
     """Starts processes in which everything is imported, and no thread runs yet."""
     context = multiprocessing.get_context("forkserver")
