@@ -7,6 +7,7 @@ from refinenet_fast._native import build_info
 from refinenet_fast.accelerate import Explanation, accelerate, explain, restore
 from refinenet_fast.backends import list_backends, use_backend
 from refinenet_fast.blocks import ChainedResidualPooling, MultiResolutionFusion, RefineNetBlock, ResidualConvUnit
+from refinenet_fast.exporting import export
 from refinenet_fast.model import RefineNet
 from refinenet_fast.tuning import tune
 
@@ -25,6 +26,7 @@ __all__ = [
     "accelerate",
     "build_info",
     "explain",
+    "export",
     "list_backends",
     "ops",
     "restore",

@@ -53,16 +53,20 @@ class ResidualConvUnit(nn.Module):
         channels: C.
         bias: Whether the first and the second convolution have a bias.
         skip: ``"raw"`` adds ``x`` (paper); ``"relu"`` adds ``relu(x)`` (ports whose ReLU works in place).
+        recompute: Whether backward computes the first convolution again instead of keeping its result.
 
     Raises:
         TypeError, ValueError: An argument is not of this form; names it, what was expected and what came.
     """
 
-    def __init__(self, channels: int, bias: tuple[bool, bool] = (True, False), skip: str = "raw") -> None:
+    def __init__(
+        self, channels: int, bias: tuple[bool, bool] = (True, False), skip: str = "raw", recompute: bool = False
+    ) -> None:
         super().__init__()
         check_positive(channels, "channels")
         first, second = _pair(bias, "bias")
         self.skip = _check.choice(skip, "skip", SKIPS)
+        self.recompute = _check.flag(recompute, "recompute")
         self.conv1 = _conv(channels, channels, bias=first)
         self.conv2 = _conv(channels, channels, bias=second)
 
@@ -70,7 +74,7 @@ class ResidualConvUnit(nn.Module):
         self,
         x: Tensor,  # (N, C, H, W)
     ) -> Tensor:  # (N, C, H, W)
-        return rcu(x, *self.parameters_in_order(), self.skip)
+        return rcu(x, *self.parameters_in_order(), self.skip, self.recompute)
 
     def parameters_in_order(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
         """``(w1, b1, w2, b2)``: (C, C, 3, 3), (C,) or None, (C, C, 3, 3), (C,) or None."""
@@ -88,11 +92,11 @@ class ResidualConvUnits(nn.Sequential):
         x: Tensor,  # (N, C, H, W)
     ) -> Tensor:  # (N, C, H, W)
         units = [unit for unit in self if _is_bare(unit)]
-        skips = {unit.skip for unit in units}
-        if len(units) < len(self) or len(skips) != 1:
+        options = {(unit.skip, unit.recompute) for unit in units}
+        if len(units) < len(self) or len(options) != 1:
             return super().forward(x)
-        (skip,) = skips
-        return rcu_run(x, [unit.parameters_in_order() for unit in units], skip)
+        ((skip, recompute),) = options
+        return rcu_run(x, [unit.parameters_in_order() for unit in units], skip, recompute)
 
 
 def _is_bare(unit: nn.Module) -> TypeGuard[ResidualConvUnit]:
@@ -196,7 +200,7 @@ class RefineNetBlock(nn.Module):
         adaptive_units: Residual conv units of each path: 2, and 0 in Light-Weight RefineNet.
         kernel_size: Of the adaptive and the fusion's convolutions: 3, and 1 in Light-Weight RefineNet.
         crp_order, crp_kernel: As ``order`` and ``kernel_size`` of :class:`ChainedResidualPooling`.
-        rcu_bias, rcu_skip: As ``bias`` and ``skip`` of :class:`ResidualConvUnit`.
+        rcu_bias, rcu_skip, rcu_recompute: As ``bias``, ``skip`` and ``recompute`` of :class:`ResidualConvUnit`.
 
     Raises:
         TypeError, ValueError: An argument is not of this form; names it, what was expected and what came.
@@ -217,6 +221,7 @@ class RefineNetBlock(nn.Module):
         crp_kernel: int = 3,
         rcu_bias: tuple[bool, bool] = (True, False),
         rcu_skip: str = "raw",
+        rcu_recompute: bool = False,
     ) -> None:
         super().__init__()
         trunk_channels = _channels(trunk_channels, "trunk_channels")
@@ -228,7 +233,8 @@ class RefineNetBlock(nn.Module):
         check_kernel(kernel_size, "kernel_size")
 
         def units(width: int, count: int) -> ResidualConvUnits:
-            return ResidualConvUnits(*(ResidualConvUnit(width, rcu_bias, rcu_skip) for _ in range(count)))
+            options = (width, rcu_bias, rcu_skip, rcu_recompute)
+            return ResidualConvUnits(*(ResidualConvUnit(*options) for _ in range(count)))
 
         widths = [channels] * len(trunk_channels) + previous
         self.in_channels = [*trunk_channels, *previous]

@@ -145,8 +145,8 @@ def crp(draw: Draw, data: Data, backend: str) -> Case:
 def rcu(draw: Draw, data: Data, backend: str) -> Case:
     options: dict[str, Any] = {"kernel": draw.choice([1, 3, 3]), "skip": draw.choice(["raw", "relu"])}
     options |= {"units": draw.choice([1, 1, 2, 3]), "middle": draw.choice([None, draw.channels()])}
-    call = rcu_call(draw.shape(), data, biases="12", adds=draw.choice(["", "1", "2", "123"]), **options)
-    return hot_path(draw, call, 1 + options["units"], backend)
+    options |= {"recompute": draw.chance(0.5), "adds": draw.choice(["", "1", "2", "123"])}
+    return hot_path(draw, rcu_call(draw.shape(), data, biases="12", **options), 1 + options["units"], backend)
 
 
 def fuse(draw: Draw, data: Data, backend: str) -> Case:

@@ -13,6 +13,10 @@ PAGE = ROOT / "docs" / "architecture.md"
 PACKAGE = ROOT / "refinenet_fast"
 # Highest first; a module may import from its own layer and from those below.
 LAYERS = (
+    {"__main__"},
+    {"command"},
+    {"cli"},
+    {"training"},
     {"__init__"},
     {"model", "published", "folding", "accelerate"},
     {"variants", "trunks", "initialise", "adapters"},

@@ -28,8 +28,8 @@ def crp(
     .. math:: t_k = \mathrm{conv}_k(\mathrm{pool}(t_{k-1})) \quad\text{or}\quad
               t_k = \mathrm{pool}(\mathrm{conv}_k(t_{k-1})), \qquad t_0 = r
 
-    with a 5x5 max pool of stride 1. What is kept for backward is, per stage, the convolution's input and one byte per
-    pooled element.
+    with a 5x5 max pool of stride 1. What is kept for backward is, beside ``x``, each ``t_k`` but the last, of which
+    backward pools again; where pools follow convolutions, one byte per pooled element, too.
 
     Args:
         x: Activations, any floating dtype. ``channels_last`` memory is used as it is, another layout costs one copy.
@@ -64,7 +64,7 @@ def _unpack(tensors: Tensors) -> tuple[Tensor, Tensors, Tensors]:
 
 
 def _forward(kernels: Backend, tensors: Tensors, order: str, relu: bool, keep: bool) -> tuple[Tensor, list[Tensor]]:
-    """Result, and per stage what its convolution reads and the pool's argmax byte."""
+    """Result, and per stage what it read, but x, and in conv-pool the pool's argmax byte."""
     x, weights, biases = _unpack(tensors)
     stage = _pool_conv if order == "pool-conv" else _conv_pool
     t = x
@@ -75,9 +75,10 @@ def _forward(kernels: Backend, tensors: Tensors, order: str, relu: bool, keep: b
         total = WayOut()
         if last:
             total = WayOut(add=tuple(sums), add_relu=(x,)) if relu else WayOut(add=(x, *sums))
+        saved += [t] if keep and k > 0 else []
         t, kept = stage(kernels, t, w, b, relu=relu and k == 0, total=total, keep=keep)
         sums.append(t)
-        saved += kept[1:] if k == 0 and order == "conv-pool" else kept  # x is kept as the op's argument
+        saved += kept
     return t, saved
 
 
@@ -91,10 +92,7 @@ def _pool_conv(
     keep: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     way_out = WayOut(bias=b, add=total.add, add_relu=total.add_relu)
-    if not keep:
-        return kernels.conv3x3(t, w, WayIn(relu=relu, pool=True), way_out, pack=True), []
-    pooled, argmax = kernels.maxpool5(t, relu=relu, argmax=True)
-    return kernels.conv3x3(pooled, w, way_out=way_out), [pooled, argmax]
+    return kernels.conv3x3(t, w, WayIn(relu=relu, pool=True), way_out, pack=not keep), []
 
 
 def _conv_pool(
@@ -108,7 +106,7 @@ def _conv_pool(
 ) -> tuple[Tensor, list[Tensor]]:
     convolved = kernels.conv3x3(t, w, WayIn(relu=relu), WayOut(bias=b), pack=not keep)
     pooled, argmax = kernels.maxpool5(convolved, argmax=keep)
-    return kernels.way_out(pooled, total), [t, argmax] if keep else []
+    return kernels.way_out(pooled, total), [argmax] if keep else []
 
 
 def _backward(
@@ -129,7 +127,7 @@ def _backward(
     g: Tensor | None = gy
     for k in reversed(range(len(weights))):
         deeper = need_x or any(need_weights[:k]) or any(need_biases[:k])
-        read, argmax = _kept(x, saved, k, order)
+        read, argmax = _read(kernels, x, saved, k, order, relu)
         g, at_conv = stage(kernels, g, gy, weights[k], argmax, deeper)
         w, b = weights[k] if need_weights[k] else None, biases[k] if need_biases[k] else None
         way_in = WayIn(relu=relu and order == "conv-pool" and k == 0)
@@ -140,11 +138,16 @@ def _backward(
     return [gx, *grad_weights, *grad_biases]
 
 
-def _kept(x: Tensor, saved: list[Tensor], k: int, order: str) -> tuple[Tensor, Tensor]:
-    """What stage k's convolution read, and its pool's argmax. The first convolution of conv-pool read relu(x)."""
+def _read(kernels: Backend, x: Tensor, saved: list[Tensor], k: int, order: str, relu: bool) -> tuple[Tensor, Tensor]:
+    """What stage k's convolution read, but its ReLU, and its pool's argmax."""
     if order == "pool-conv":
-        return saved[2 * k], saved[2 * k + 1]
+        return kernels.maxpool5(x if k == 0 else saved[k - 1], relu=relu and k == 0, argmax=True)
     return (x if k == 0 else saved[2 * k - 1]), saved[2 * k]
+
+
+def argmaxes(kernels: Backend, tensors: Tensors, saved: list[Tensor], order: str, relu: bool) -> list[Tensor]:
+    """What each pool's backward decides by: (N, C, H, W) uint8, one a stage."""
+    return [_read(kernels, tensors[0], saved, k, order, relu)[1] for k in range(len(tensors) // 2)]
 
 
 def _pool_conv_backward(
@@ -181,9 +184,8 @@ def _fake(tensors: Tensors, order: str, relu: bool) -> tuple[Tensor, list[Tensor
     x, weights, _ = _unpack(tensors)
     saved: list[Tensor] = []
     for k in range(len(weights)):
-        if order == "pool-conv" or k > 0:
-            saved.append(empty_nhwc(x, x.shape))
-        saved.append(empty_nhwc(x, x.shape, torch.uint8))
+        saved += [empty_nhwc(x, x.shape)] if k > 0 else []
+        saved += [empty_nhwc(x, x.shape, torch.uint8)] if order == "conv-pool" else []
     return empty_nhwc(x, x.shape), saved
 
 
