@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_origin
 
 import torch
 import typer
@@ -77,7 +77,11 @@ def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
         kind, meaning = option_types()[field.name]
         if field.name == "data":
             continue
-        annotation = Annotated[kind, typer.Option(help=meaning)]  # type: ignore[valid-type]
+        # The help has room for names, on a narrow terminal too, if what is off unless asked for has no second one,
+        # and the kinds of two values a short one.
+        names = [f"--{field.name.replace('_', '-')}"] if kind is bool and not field.default else []
+        metavar = "<pair>" if get_origin(kind) is tuple else None
+        annotation = Annotated[kind, typer.Option(*names, metavar=metavar, help=meaning)]  # type: ignore[valid-type]
         parameters.append(
             inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=annotation)
         )

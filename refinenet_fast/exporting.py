@@ -70,7 +70,7 @@ def export(
         mean, std: Three values each, for images from 0 to 1: their normalisation becomes part of the network. Without
             them the network takes images normalised already.
         metadata: What is to be known of the network, as JSON can hold it, kept in the file: ONNX's metadata
-            properties, one a key; or the extra file ``metadata.json`` of an exported program.
+            properties, the JSON of one a key; or the extra file ``metadata.json`` of an exported program.
 
     Returns:
         ``path``.
@@ -91,12 +91,11 @@ def export(
     _check_normalisation(mean, std)
     if format == "onnx":
         _check_installed()
-    kept = {key: value if isinstance(value, str) else json.dumps(value) for key, value in (metadata or {}).items()}
     path, write = Path(path), {"onnx": _write_onnx, "torch": _write_program}[format]
     deployed: nn.Module = copy.deepcopy(model).eval()
     if mean is not None and std is not None:
         deployed = Normalised(deployed, mean, std)  # type: ignore[arg-type]
-    write(_program(deployed, model.classifier.weight), path, kept)
+    write(_program(deployed, model.classifier.weight), path, dict(metadata or {}))
     return path
 
 
@@ -124,20 +123,20 @@ def _program(deployed: nn.Module, like: Tensor) -> ExportedProgram:
         return torch.export.export(deployed, (images,), dynamic_shapes=(sizes,), strict=False)
 
 
-def _write_program(program: ExportedProgram, path: Path, metadata: dict[str, str]) -> None:
+def _write_program(program: ExportedProgram, path: Path, metadata: dict[str, Any]) -> None:
     extra = {"metadata.json": json.dumps(metadata)}
     with whole(path) as file:
         torch.export.save(program, file, extra_files=extra)
 
 
-def _write_onnx(program: ExportedProgram, path: Path, metadata: dict[str, str]) -> None:
+def _write_onnx(program: ExportedProgram, path: Path, metadata: dict[str, Any]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter's own parts that are deprecated
         names: dict[str, Any] = {"input_names": [INPUT], "output_names": [OUTPUT]}
         proto = torch.onnx.export(program, dynamo=True, verbose=False, **names).model_proto
     _name_sizes(proto.graph)
     for key, value in metadata.items():
-        proto.metadata_props.add(key=key, value=value)
+        proto.metadata_props.add(key=key, value=json.dumps(value))
     with whole(path) as file:
         file.write(proto.SerializeToString())
 

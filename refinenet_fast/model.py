@@ -70,9 +70,9 @@ class RefineNet(nn.Module):
         crp_kernel: Of the convolutions in chained residual pooling, 3 or 1; None: 3, and 1 where ``light_weight``.
         init: Of the decoder: ``"paper"`` or ``"kaiming"``, see :func:`refinenet_fast.initialise.initialise`.
         recompute_units: Of each residual conv unit, compute the first convolution again in backward instead of keeping
-            its result: about a quarter of the decoder's memory for a tenth more of its time.
-        checkpoint_blocks: Keep of each block, and of each of the trunk's stages, its input alone, and compute it again
-            in backward: the least memory, for the time of one more forward pass. The same bits either way.
+            its result: a convolution more beside six, and the decoder keeps a third less.
+        checkpoint_blocks: Of each block, and of each of the trunk's stages, keep the input alone, and compute the rest
+            again in backward: the least memory, for one more forward pass. The same bits either way.
 
     Raises:
         TypeError, ValueError: An argument is not of this form, or contradicts another; names it, what was expected and

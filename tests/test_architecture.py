@@ -18,13 +18,14 @@ LAYERS = (
     {"cli"},
     {"training"},
     {"__init__"},
+    {"exporting"},
     {"model", "published", "folding", "accelerate"},
     {"variants", "trunks", "initialise", "adapters"},
     {"blocks"},
-    {"testing", "tuning"},
+    {"testing", "plain", "tuning"},
     {"ops"},
     {"backends"},
-    {"kernels", "layout", "_native"},
+    {"kernels", "layout", "files", "_native"},
 )
 
 if not PAGE.exists():
@@ -64,6 +65,7 @@ def test_the_page_names_every_module_of_the_layers_and_every_kernel():
         "engine.py",
         "packed.py",
         "testing.py",
+        "plain.py",
     }  # helpers of the files it names
     kernels = [f for suffix in ("cpu/*.cpp", "cuda/*.cu") for f in (ROOT / "csrc").glob(suffix)]
     kernels += [f for f in (ROOT / "kernels").glob("*.py") if f.name != "__init__.py"]

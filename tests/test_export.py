@@ -78,7 +78,7 @@ def assert_made_of_known_operations(path: Path, format: str) -> None:
     if format == "torch":
         found = {"metadata.json": ""}
         program = torch.export.load(path, extra_files=found)
-        assert json.loads(found["metadata.json"]) == {"class_names": '["a", "b"]'}
+        assert json.loads(found["metadata.json"]) == {"class_names": ["a", "b"]}
         assert not [node for node in program.graph.nodes if "refinenet_fast" in str(node.target)]
         return
     import onnx

@@ -24,8 +24,7 @@ pytest.importorskip("timm")
 from safetensors.torch import load_file
 
 from refinenet_fast import RefineNet
-from refinenet_fast.training import checkpoint
-from refinenet_fast.training.clock import Clock
+from refinenet_fast.training import checkpoint, clock
 from refinenet_fast.training.files import BadInput, read_json
 from refinenet_fast.training.loop import train
 from refinenet_fast.training.model_file import Description, load_model, save_model
@@ -169,22 +168,24 @@ def test_data_keep_up(tmp_path, monkeypatch):
     assert float(re.search(r"([\d.]+) % of them", line)[1]) == pytest.approx(100 * share, abs=1)
 
 
-def test_a_clock_tells_waiting_from_working():
-    clock = Clock()
-    for number, _ in enumerate(clock.waiting(slowly([0.2, 0.05, 0.05]))):
-        time.sleep(0.1)
-        with clock.paused():
-            time.sleep(0.2)
-        seconds, waited = clock.lap()
-        assert 0.1 <= seconds - waited < 0.2 and waited >= (0.2 if number == 0 else 0.05)
-    assert 0.1 <= clock.waited < 0.2 and clock.share == clock.waited / clock.seconds
-    assert "more --workers may help" in clock.summary()
+def test_a_clock_tells_waiting_from_working(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(clock.time, "perf_counter", lambda: now[0])
 
+    def slowly(waits: list[float]) -> Iterator[float]:
+        for seconds in waits:
+            now[0] += seconds
+            yield seconds
 
-def slowly(waits: list[float]) -> Iterator[float]:
-    for seconds in waits:
-        time.sleep(seconds)
-        yield seconds
+    counted, laps = clock.Clock(), []
+    for _ in counted.waiting(slowly([8.0, 1.0, 2.0])):
+        now[0] += 4.0
+        with counted.paused():
+            now[0] += 100.0
+        laps.append(counted.lap())
+    assert laps == [(12.0, 8.0), (5.0, 1.0), (6.0, 2.0)]
+    assert (counted.seconds, counted.waited, counted.share) == (15.0, 3.0, 0.2)  # without the first batch
+    assert counted.summary() == "trained for 15.0 s, 20.0 % of them waiting for data; more --workers may help"
 
 
 # -- several ranks ------------------------------------------------------------------------------------------------

@@ -84,7 +84,7 @@ def build_network(settings: TrainSettings, data: Data, group: Ranks) -> tuple[Re
         model = RefineNet(
             data.train.num_classes,
             pretrained=pretrained,
-            recompute_units=settings.recompute_units,
+            recompute_units=settings.recompute,
             checkpoint_blocks=settings.checkpoint_blocks,
             **arguments,
         )

@@ -17,7 +17,7 @@ WEIGHTINGS = ("none", "balanced")
 # What may differ when a run goes on: nothing of it changes the result.
 FREE = {
     *("data", "device", "workers", "log_every", "save_every", "scan"),
-    *("recompute_units", "checkpoint_blocks", "tensorboard"),
+    *("recompute", "checkpoint_blocks", "tensorboard"),
 }
 _CHOICES = {
     "layout": tuple(LAYOUTS),
@@ -73,8 +73,8 @@ class TrainSettings:
     ] = 0.0
 
     precision: Annotated[str, f"{', '.join(PRECISIONS)}; 16 bits by autocast."] = "float32"
-    recompute_units: Annotated[
-        bool, "Compute a part of each residual conv unit again in backward instead of keeping it."
+    recompute: Annotated[
+        bool, "Compute a convolution of each residual conv unit again in backward instead of keeping its result."
     ] = True
     checkpoint_blocks: Annotated[
         bool, "Compute whole blocks of the decoder and stages of the trunk again: the least memory."
