@@ -38,6 +38,8 @@ class Case:
     eager: Callable  # plain PyTorch in any dtype: a contender, and in float64 the truth
     ours: Callable  # backend's name -> function(xs, ws)
     gradient_floor: float = 0.0
+    error_floor: float = 0.0  # the error of the result that is always let pass
+    trains: bool = True  # False: no gradients are wanted, nor computed for comparison
     patience: float = 1.0  # times as many seconds to build a contender as others have
     label: str = ""  # what tells it from other cases of its shape
 
@@ -64,16 +66,24 @@ class Inputs:
             shape = case.eager(self.xs, self.ws).shape
         self.gy = normal(shape, dtype, device, generator)
         self.truth = self._float64(case)
-        own = training_step(case.eager, self.xs, self.ws, self.gy)
+        own = _step(case, self.xs, self.ws, self.gy)
         self.eager_errors = list(map(relative_l2, own, self.truth))
 
     def _float64(self, case):
         benchmark, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
         try:
             xs, ws = ([t.detach().double().requires_grad_() for t in ts] for ts in (self.xs, self.ws))
-            return training_step(case.eager, xs, ws, self.gy.double())
+            return _step(case, xs, ws, self.gy.double())
         finally:
             torch.backends.cudnn.benchmark = benchmark
+
+
+def _step(case, xs, ws, gy):
+    """PyTorch's result, and its gradients where the case has any."""
+    if case.trains:
+        return training_step(case.eager, xs, ws, gy)
+    with torch.no_grad():
+        return [case.eager(xs, ws)]
 
 
 def training_step(function, xs, ws, gy):
@@ -153,9 +163,9 @@ def _gate(case, inputs, contender, results):
     errors = list(map(relative_l2, results, inputs.truth))
     kernels, problem = contender.kernels, None
     filters = [w for w in inputs.ws if w.dim() == 4]
-    winograd = any(kernels and kernels.is_winograd(x, w) for x in inputs.xs for w in filters)
+    winograd = any(kernels and kernels.is_winograd(x, w) for x in inputs.xs if x.dim() == 4 for w in filters)
     for name, error, own in zip(names, errors, inputs.eager_errors):
-        floor = 0.0 if name == names[0] else case.gradient_floor
+        floor = case.error_floor if name == names[0] else case.gradient_floor
         allowed = max(tolerance(inputs.gy.dtype, own, winograd), floor)
         if contender.allowed:
             allowed = contender.allowed[inputs.gy.dtype]

@@ -221,7 +221,7 @@ def path_rows(x: Map) -> list[Row]:
     rows = [Row(f"{name}, fwd+bwd", tuple(works), (what, TRAINING)) for name, what, works in paths]
     hot = [("RCU", "rcu", rcu_forward(x), rcu_forward(x) + rcu_backward(x))]
     for (light, suffix, taps), n in product((("", "", 9), (" light", " 1x1", 1)), (2, 4)):
-        training = crp_forward(x, n, taps, argmax=True) + crp_backward(x, n, taps)
+        training = crp_forward(x, n, taps) + crp_backward(x, n, taps)
         hot.append((f"CRP{light}, {n} stages", f"crp{n}{suffix}", crp_forward(x, n, taps), training))
     hot.append(("fusion, 2 paths", "fusion", fusion_forward(x), fusion_forward(x) + fusion_backward(x)))
     for name, what, forward, training in hot:
@@ -245,20 +245,19 @@ def rcu_backward(x: Map) -> list[Work]:
     return [conv(x, maps=1), weight_grad(x), bias_grad(x), conv(x, maps=2), weight_grad(x)]
 
 
-def crp_forward(x: Map, stages: int, taps: int = 9, argmax: bool = False) -> list[Work]:
+def crp_forward(x: Map, stages: int, taps: int = 9) -> list[Work]:
     """Pool and convolution of each stage; the last convolution adds relu(x) and the stages before it.
 
-    One kernel a stage where the convolution is 1x1 and backward, which needs the pooled map, will not come.
+    One kernel a stage where the convolution is 1x1.
     """
     convs = [*[conv(x, taps=taps)] * (stages - 1), conv(x, taps=taps, maps=stages)]
-    if taps == 1 and not argmax:
-        return convs
-    return [work for own in convs for work in (pool(x, argmax), own)]
+    return convs if taps == 1 else [work for own in convs for work in (pool(x), own)]
 
 
 def crp_backward(x: Map, stages: int, taps: int = 9) -> list[Work]:
-    """Of each stage the gradients in its convolution and, adding the running gradient, its pool; then relu(x)'s."""
-    return [conv(x, taps=taps), pool_backward(x, add=True), weight_grad(x, taps=taps)] * stages + [select(x)]
+    """Of each stage its pool again, the gradients in its convolution and (added to the running one) pool; relu(x)'s."""
+    pools = [pool(x, argmax=True), pool_backward(x, add=True)]
+    return [*pools, conv(x, taps=taps), weight_grad(x, taps=taps)] * stages + [select(x)]
 
 
 def fusion_low(y: Map) -> Map:

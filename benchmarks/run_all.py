@@ -28,6 +28,7 @@ SECTIONS = {
     "bilinear": "bench_bilinear.py",
     "overhead": "bench_overhead.py",
     "model": "bench_model.py",
+    "train": "bench_train.py",
 }
 
 
@@ -53,7 +54,9 @@ def command(name, args, result):
         options_ += ["--threads", str(args.threads)]
     if args.seconds and name not in ("correctness", "overhead"):
         options_ += ["--seconds", str(args.seconds)]
-    if name not in ("correctness", "ceilings", "overhead"):
+    if name == "train":
+        options_ += ["--quick"] if "--quick" in args.handed_on else []
+    elif name not in ("correctness", "ceilings", "overhead"):
         options_ += args.handed_on
     return [sys.executable, str(HERE / SECTIONS[name]), *options_]
 

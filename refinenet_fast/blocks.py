@@ -53,16 +53,20 @@ class ResidualConvUnit(nn.Module):
         channels: C.
         bias: Whether the first and the second convolution have a bias.
         skip: ``"raw"`` adds ``x`` (paper); ``"relu"`` adds ``relu(x)`` (ports whose ReLU works in place).
+        recompute: Whether backward computes the first convolution again instead of keeping its result.
 
     Raises:
         TypeError, ValueError: An argument is not of this form; names it, what was expected and what came.
     """
 
-    def __init__(self, channels: int, bias: tuple[bool, bool] = (True, False), skip: str = "raw") -> None:
+    def __init__(
+        self, channels: int, bias: tuple[bool, bool] = (True, False), skip: str = "raw", recompute: bool = False
+    ) -> None:
         super().__init__()
         check_positive(channels, "channels")
         first, second = _pair(bias, "bias")
         self.skip = _check.choice(skip, "skip", SKIPS)
+        self.recompute = _check.flag(recompute, "recompute")
         self.conv1 = _conv(channels, channels, bias=first)
         self.conv2 = _conv(channels, channels, bias=second)
 
@@ -70,7 +74,7 @@ class ResidualConvUnit(nn.Module):
         self,
         x: Tensor,  # (N, C, H, W)
     ) -> Tensor:  # (N, C, H, W)
-        return rcu(x, *self.parameters_in_order(), self.skip)
+        return rcu(x, *self.parameters_in_order(), self.skip, self.recompute)
 
     def parameters_in_order(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
         """``(w1, b1, w2, b2)``: (C, C, 3, 3), (C,) or None, (C, C, 3, 3), (C,) or None."""
@@ -88,17 +92,23 @@ class ResidualConvUnits(nn.Sequential):
         x: Tensor,  # (N, C, H, W)
     ) -> Tensor:  # (N, C, H, W)
         units = [unit for unit in self if _is_bare(unit)]
-        skips = {unit.skip for unit in units}
-        if len(units) < len(self) or len(skips) != 1:
+        options = {(unit.skip, unit.recompute) for unit in units}
+        if len(units) < len(self) or len(options) != 1:
             return super().forward(x)
-        return rcu_run(x, [unit.parameters_in_order() for unit in units], *skips)
+        ((skip, recompute),) = options
+        return rcu_run(x, [unit.parameters_in_order() for unit in units], skip, recompute)
 
 
 def _is_bare(unit: nn.Module) -> TypeGuard[ResidualConvUnit]:
-    """Whether calling the unit does nothing but its own forward: no hooks, no other forward, not compiled by itself."""
-    hooks = (unit._forward_hooks, unit._forward_pre_hooks, unit._backward_hooks, unit._backward_pre_hooks)
-    changed = "forward" in unit.__dict__ or unit._compiled_call_impl is not None
-    return type(unit) is ResidualConvUnit and not any(hooks) and not changed and not _has_global_hooks()
+    """Whether calling the unit does nothing but its own forward."""
+    return type(unit) is ResidualConvUnit and is_bare(unit)
+
+
+def is_bare(module: nn.Module) -> bool:
+    """Whether calling a module runs its class's forward and nothing else: no hooks, no other forward, not compiled."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    changed = "forward" in module.__dict__ or module._compiled_call_impl is not None
+    return not any(hooks) and not changed and not _has_global_hooks()
 
 
 def _has_global_hooks() -> bool:
@@ -129,7 +139,7 @@ class MultiResolutionFusion(nn.Module):
         self.in_channels = _channels(in_channels, "in_channels")
         check_positive(channels, "channels")
         check_kernel(kernel_size, "kernel_size")
-        self.align_corners = check_flag(align_corners, "align_corners")
+        self.align_corners = _check.flag(align_corners, "align_corners")
         self.convs = nn.ModuleList(_conv(c, channels, kernel_size) for c in self.in_channels)
 
     def forward(
@@ -190,7 +200,7 @@ class RefineNetBlock(nn.Module):
         adaptive_units: Residual conv units of each path: 2, and 0 in Light-Weight RefineNet.
         kernel_size: Of the adaptive and the fusion's convolutions: 3, and 1 in Light-Weight RefineNet.
         crp_order, crp_kernel: As ``order`` and ``kernel_size`` of :class:`ChainedResidualPooling`.
-        rcu_bias, rcu_skip: As ``bias`` and ``skip`` of :class:`ResidualConvUnit`.
+        rcu_bias, rcu_skip, rcu_recompute: As ``bias``, ``skip`` and ``recompute`` of :class:`ResidualConvUnit`.
 
     Raises:
         TypeError, ValueError: An argument is not of this form; names it, what was expected and what came.
@@ -211,6 +221,7 @@ class RefineNetBlock(nn.Module):
         crp_kernel: int = 3,
         rcu_bias: tuple[bool, bool] = (True, False),
         rcu_skip: str = "raw",
+        rcu_recompute: bool = False,
     ) -> None:
         super().__init__()
         trunk_channels = _channels(trunk_channels, "trunk_channels")
@@ -222,7 +233,8 @@ class RefineNetBlock(nn.Module):
         check_kernel(kernel_size, "kernel_size")
 
         def units(width: int, count: int) -> ResidualConvUnits:
-            return ResidualConvUnits(*(ResidualConvUnit(width, rcu_bias, rcu_skip) for _ in range(count)))
+            options = (width, rcu_bias, rcu_skip, rcu_recompute)
+            return ResidualConvUnits(*(ResidualConvUnit(*options) for _ in range(count)))
 
         widths = [channels] * len(trunk_channels) + previous
         self.in_channels = [*trunk_channels, *previous]
@@ -274,13 +286,6 @@ def check_kernel(value: Any, argument: str) -> int:
     """``value`` if it is 1 or 3."""
     if check_positive(value, argument) not in (1, 3):
         raise ValueError(f"{argument}: expected 1 or 3, got {value!r}")
-    return value
-
-
-def check_flag(value: Any, argument: str) -> bool:
-    """``value`` if it is a bool."""
-    if not isinstance(value, bool):
-        raise TypeError(f"{argument}: expected a bool, got {value!r}")
     return value
 
 

@@ -11,15 +11,16 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from refinenet_fast import folding, published
-from refinenet_fast.blocks import Convolution, RefineNetBlock, check_count, check_flag, check_kernel, check_positive
+from refinenet_fast.blocks import Convolution, RefineNetBlock, check_count, check_kernel, check_positive
 from refinenet_fast.initialise import INITS, initialise
 from refinenet_fast.ops import _check, fuse
 from refinenet_fast.ops._autocast import autocast_dtype
 from refinenet_fast.ops.crp import ORDERS
 from refinenet_fast.ops.rcu import SKIPS
-from refinenet_fast.trunks import create_trunk
+from refinenet_fast.trunks import create_trunk, features
 from refinenet_fast.variants import PRESETS, WIRING
 
 HEADS = {"3x3": 3, "1x1": 1}
@@ -68,6 +69,10 @@ class RefineNet(nn.Module):
             were trained with the other).
         crp_kernel: Of the convolutions in chained residual pooling, 3 or 1; None: 3, and 1 where ``light_weight``.
         init: Of the decoder: ``"paper"`` or ``"kaiming"``, see :func:`refinenet_fast.initialise.initialise`.
+        recompute_units: Of each residual conv unit, compute the first convolution again in backward instead of keeping
+            its result: a convolution more beside six, and the decoder keeps a third less.
+        checkpoint_blocks: Of each block, and of each of the trunk's stages, keep the input alone, and compute the rest
+            again in backward: the least memory, for one more forward pass. The same bits either way.
 
     Raises:
         TypeError, ValueError: An argument is not of this form, or contradicts another; names it, what was expected and
@@ -105,6 +110,8 @@ class RefineNet(nn.Module):
         trunk_stride: str = "3x3",
         crp_kernel: int | None = None,
         init: str = "paper",
+        recompute_units: bool = True,
+        checkpoint_blocks: bool = False,
     ) -> None:
         super().__init__()
         sizes = {"num_classes": num_classes, "crp_stages": crp_stages, "width": width, "deep_width": deep_width}
@@ -118,15 +125,17 @@ class RefineNet(nn.Module):
             ("init", init, INITS),
         ):
             _check.choice(word, argument, known)
-        check_flag(pretrained, "pretrained")
-        if check_flag(light_weight, "light_weight"):
+        _check.flag(pretrained, "pretrained")
+        _check.flag(recompute_units, "recompute_units")
+        if _check.flag(light_weight, "light_weight"):
             _without_units(rcu_skip=(rcu_skip, "raw"), conv_bias=(conv_bias, "first"))
         crp_kernel = (1 if light_weight else 3) if crp_kernel is None else check_kernel(crp_kernel, "crp_kernel")
         self.wiring = _wiring(cascades)
-        self.scales = _scales(scales, cascades, check_flag(share_trunk, "share_trunk"))
+        self.scales = _scales(scales, cascades, _check.flag(share_trunk, "share_trunk"))
         self.upsample = _upsampling(upsample)
         self.dropout = nn.Dropout(_probability(dropout))
-        self.freeze_bn = check_flag(pretrained if freeze_bn is None else freeze_bn, "freeze_bn")
+        self.freeze_bn = _check.flag(pretrained if freeze_bn is None else freeze_bn, "freeze_bn")
+        self.checkpoint_blocks = _check.flag(checkpoint_blocks, "checkpoint_blocks")
         self.trunk_name = trunk
         self.trunks = nn.ModuleList()
         for _ in range(1 if share_trunk else len(self.scales)):
@@ -151,6 +160,7 @@ class RefineNet(nn.Module):
                     crp_kernel=crp_kernel,
                     rcu_bias=CONV_BIASES[conv_bias],
                     rcu_skip=rcu_skip,
+                    rcu_recompute=recompute_units,
                 )
             )
             previous = channels_out
@@ -309,11 +319,20 @@ class RefineNet(nn.Module):
         images: Tensor,  # (N, 3, H, W)
     ) -> Tensor:  # (N, num_classes, H / 4, W / 4)
         self._check_images(images)
-        maps = [self._features(k, scale, images) for k, scale in enumerate(self.scales)]
+        again = self.checkpoint_blocks and torch.is_grad_enabled()
+        return self._decode([self._features(k, scale, images, again) for k, scale in enumerate(self.scales)], again)
+
+    def _decode(
+        self,
+        maps: list[list[Tensor]],  # of each scale, (N, C_i, H_i, W_i) at 1/4, 1/8, 1/16 and 1/32
+        again: bool = False,
+    ) -> Tensor:  # (N, num_classes, H / 4, W / 4)
+        """Blocks and classifier; ``again``: backward computes each block again from its input."""
         y: Tensor | None = None
         for reads, block in zip(self.wiring, self.blocks, strict=True):
             paths = [features[level] for level in reads for features in maps]
-            y = block(paths if y is None else [*paths, y])
+            paths = paths if y is None else [*paths, y]
+            y = checkpoint(block, paths, use_reentrant=False, preserve_rng_state=False) if again else block(paths)
         return self.classifier(self.dropout(y))
 
     def _features(
@@ -321,15 +340,16 @@ class RefineNet(nn.Module):
         k: int,
         scale: float,
         images: Tensor,  # (N, 3, H, W)
+        again: bool,
     ) -> list[Tensor]:  # each (N, C_i, scale * H / r_i, scale * W / r_i), r = 4, 8, 16, 32
-        """The four maps of the image at the k-th scale, dropout on the two deepest."""
+        """The four maps of the image at the k-th scale, dropout on the two deepest; ``again``: see :func:`features`."""
         if scale != 1:
             up, down = Fraction(scale).limit_denominator(1000).as_integer_ratio()  # for sizes that are symbols
             size = [max(1, (2 * side * up + down) // (2 * down)) for side in images.shape[2:]]
             images = F.interpolate(images, size, mode="bilinear", align_corners=False)
         trunk = self.trunks[k if len(self.trunks) > 1 else 0]
-        features = trunk(images.contiguous(memory_format=torch.channels_last))
-        return [*features[:2], self.dropout(features[2]), self.dropout(features[3])]
+        maps = features(trunk, images.contiguous(memory_format=torch.channels_last), again)
+        return [*maps[:2], self.dropout(maps[2]), self.dropout(maps[3])]
 
     def _resize(
         self,

@@ -25,6 +25,9 @@ from torch import Tensor
 from refinenet_fast import backends
 from refinenet_fast.backends import PLAIN_OUT, Backend, WayIn, WayOut
 from refinenet_fast.ops._library import NAMESPACE
+from refinenet_fast.ops.crp import argmaxes
+from refinenet_fast.ops.rcu import relu_results
+from refinenet_fast.plain import conv, convolution, convolution_steps, maxpool, pick, resize
 
 Plain = Callable[..., Tensor]  # a differentiable composition of PyTorch's own functions, for any dtype
 Tensors = Sequence[Tensor | None]
@@ -136,54 +139,12 @@ def _each(tensors: Tensors, change: Callable[[Tensor], Tensor]) -> list[Tensor |
     return [None if t is None else change(t) for t in tensors]
 
 
-def bilinear_matrix(size_in: int, size_out: int, align_corners: bool) -> Tensor:  # (size_out, size_in) float64
-    """The weights of bilinear resizing along one dimension, from integer quotient and remainder."""
-    matrix = torch.zeros(size_out, size_in, dtype=torch.float64)
-    for i in range(size_out):
-        numerator, denominator = max((2 * i + 1) * size_in - size_out, 0), 2 * size_out
-        if align_corners:
-            numerator, denominator = i * (size_in - 1), max(size_out - 1, 1)
-        near, rest = divmod(numerator, denominator)
-        matrix[i, near] += (denominator - rest) / denominator
-        matrix[i, min(near + 1, size_in - 1)] += rest / denominator
-    return matrix
-
-
-def resize(x: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:
-    """``F.interpolate``; in float64 with exact weights, where PyTorch's are only as exact as its pixel positions."""
-    if x.dtype != torch.float64:
-        return F.interpolate(x, tuple(size), mode="bilinear", align_corners=align_corners)
-    rows, columns = (bilinear_matrix(x.shape[d], size[d - 2], align_corners).to(x.device) for d in (2, 3))
-    return rows @ x @ columns.T
-
-
-def pool_index(argmax: Tensor) -> Tensor:  # (N, C, H, W) uint8 -> (N, C, H, W) int64
-    """The pixels that argmax bytes choose, as ``F.max_pool2d(..., return_indices=True)`` gives them."""
-    height, width = argmax.shape[2:]
-    dx, dy = (argmax & 7).long(), (argmax >> 3).long()
-    rows = torch.arange(height, device=argmax.device)[:, None] + dy - 2
-    columns = torch.arange(width, device=argmax.device) + dx - 2  # chosen by the row pass, in each row
-    if ((dx > 4) | (dy > 4) | (rows < 0) | (rows >= height) | (columns < 0) | (columns >= width)).any():
-        raise ValueError("argmax: expected bytes that choose one of five rows and columns within the image")
-    return rows * width + columns.gather(2, rows)
-
-
-def pick(x: Tensor, argmax: Tensor) -> Tensor:  # all (N, C, H, W)
-    """A 5x5 max pool of ``x`` with its decisions imposed."""
-    return x.flatten(2).gather(2, pool_index(argmax).flatten(2)).view_as(x)
-
-
-def maxpool(x: Tensor) -> Tensor:
-    """5x5 max pool, stride 1, that keeps the size."""
-    return F.max_pool2d(x, 5, stride=1, padding=2)
-
-
 class Imposed:
     """ReLU and max pool with the decisions of a forward pass imposed; ``worst`` says how wrong they are."""
 
-    def __init__(self, call: Call, saved: Sequence[Tensor]) -> None:
-        self.masks = iter([call.tensors[0], *saved])  # RCU's ReLUs: by what is saved, their results among it
-        self.bytes = iter([t for t in saved if t.dtype == torch.uint8])
+    def __init__(self, decided: Sequence[Tensor]) -> None:
+        self.masks = iter([t for t in decided if t.dtype != torch.uint8])
+        self.bytes = iter([t for t in decided if t.dtype == torch.uint8])
         self.worst = 0.0
 
     def relu(self, t: Tensor) -> Tensor:
@@ -200,48 +161,25 @@ class Imposed:
         return imposed
 
 
-def conv(x: Tensor, w: Tensor | None, b: Tensor | None = None) -> Tensor:
-    """``F.conv2d`` that keeps the size, in the dtype of ``x``; ``x`` itself without a weight."""
-    if w is None:
-        return x
-    return F.conv2d(x, w.to(x.dtype), None if b is None else b.to(x.dtype), padding=w.shape[2] // 2)
-
-
-def convolution(x: Tensor, w: Tensor, way_in: WayIn, way_out: WayOut) -> Tensor:
-    """The backends' ``conv3x3`` in plain PyTorch: the convolution and all its steps, one after another."""
-    x = x.relu() if way_in.relu else x
-    x = maxpool(x) if way_in.pool else x
-    return convolution_steps(conv(x, w, way_out.bias), way_out)
-
-
-def convolution_steps(y: Tensor, way_out: WayOut) -> Tensor:
-    """The steps on the way out that follow the bias."""
-    y = y.relu() if way_out.relu else y
-    y = y if way_out.select is None else torch.where(~(way_out.select <= 0), y, 0)
-    for t in (*way_out.add, *(t.relu() for t in way_out.add_relu)):
-        y = y + t
-    if way_out.upsample is not None:
-        y = y + resize(way_out.upsample, y.shape[2:], way_out.align_corners)
-    return y
-
-
 def eager(call: Call, *tensors: Tensor | None, steps: Imposed | None = None) -> Tensor:
     """The hot path of ``call`` in plain PyTorch, on ``tensors`` in place of its own; with decisions from ``steps``."""
     relu, pool = (steps.relu, steps.pool) if steps else (torch.relu, maxpool)
     if call.op == "rcu":
-        x, *units = tensors
-        for w1, b1, w2, b2 in zip(*[iter(units)] * 4):
+        x, adds, units = tensors[0], *rcu_parts(tensors)
+        for (w1, b1, w2, b2), add in zip(units, adds, strict=True):
             r = relu(x)
             x = (x if call.options[0] == "raw" else r) + conv(relu(conv(r, w1, b1)), w2, b2)
+            x = x if add is None else x + add
         return x
     if call.op == "fuse":
         paths, (size, corners) = len(tensors) // 3, call.options
         maps = [conv(x, tensors[paths + i], tensors[2 * paths + i]) for i, x in enumerate(tensors[:paths])]
         return reduce(torch.add, (t if list(t.shape[2:]) == list(size) else resize(t, size, corners) for t in maps))
     stages = len(tensors) // 2
-    total = t = relu(tensors[0])
+    order, rectified = call.options
+    total = t = relu(tensors[0]) if rectified else tensors[0]
     for w, b in zip(tensors[1 : 1 + stages], tensors[1 + stages :], strict=True):
-        t = conv(pool(t), w, b) if call.options[0] == "pool-conv" else pool(conv(t, w, b))
+        t = conv(pool(t), w, b) if order == "pool-conv" else pool(conv(t, w, b))
         total = total + t
     return total
 
@@ -290,6 +228,20 @@ class Call:
         return self._op("_backward")(gy, self.tensors, saved, wanted, *self.options, backend)
 
 
+def rcu_parts(tensors: Sequence[Any]) -> tuple[list[Any], list[tuple[Any, ...]]]:
+    """Of an op's tensors: what each unit adds, and each one's ``(w1, b1, w2, b2)``."""
+    count = len(tensors) // 5
+    return list(tensors[1 : 1 + count]), list(zip(*[iter(tensors[1 + count :])] * 4))
+
+
+def decisions(call: Call, saved: list[Tensor], backend: str) -> list[Tensor]:
+    """What backward decides by, saved or computed again: for ReLUs the sign, for pools bytes."""
+    given = (backends.get(backend), call.tensors, saved, *call.options)
+    if call.op == "rcu":
+        return relu_results(*given)
+    return [call.tensors[0], *argmaxes(*given)] if call.op == "crp" else []
+
+
 def rcu_call(
     shape: Sequence[int],
     data: Data,
@@ -298,23 +250,32 @@ def rcu_call(
     biases: str = "1",
     skip: str = "raw",
     units: int = 1,
+    adds: str = "",
+    recompute: bool = False,
 ) -> Call:
-    """``biases`` names the convolutions that have one: "", "1", "2" or "12"."""
+    """``biases`` names the convolutions that have one: "", "1", "2" or "12"; ``adds`` the units: "", "1", ... "123"."""
     c, m = shape[1], middle or shape[1]
-    tensors: list[Tensor | None] = [data(*shape)]
+    added = [data(*shape, salt=5 + 10 * i) if str(i + 1) in adds else None for i in range(units)]
+    tensors: list[Tensor | None] = [data(*shape), *added]
     for salt in range(0, 10 * units, 10):
         w1, w2 = data.weight(m, c, kernel, salt=salt + 1), data.weight(c, m, kernel, salt=salt + 2)
         b1, b2 = data(m, salt=salt + 3) if "1" in biases else None, data(c, salt=salt + 4) if "2" in biases else None
         tensors += [w1, b1, w2, b2]
-    return Call("rcu", tensors, (skip,))
+    return Call("rcu", tensors, (skip, recompute))
 
 
 def crp_call(
-    shape: Sequence[int], data: Data, stages: int = 2, kernel: int = 3, biases: bool = False, order: str = "pool-conv"
+    shape: Sequence[int],
+    data: Data,
+    stages: int = 2,
+    kernel: int = 3,
+    biases: bool = False,
+    order: str = "pool-conv",
+    relu: bool = True,
 ) -> Call:
     ws = [data.weight(shape[1], shape[1], kernel, salt=10 + k) for k in range(stages)]
     bs = [data(shape[1], salt=20 + k) if biases else None for k in range(stages)]
-    return Call("crp", [data(*shape), *ws, *bs], (order,))
+    return Call("crp", [data(*shape), *ws, *bs], (order, relu))
 
 
 def fuse_call(
@@ -341,11 +302,12 @@ def some_calls(shape: Sequence[int], data: Data) -> list[Call]:
     return [
         rcu_call(shape, data),
         rcu_call(shape, data, middle=c + 2, kernel=1, biases="2", skip="relu"),
-        rcu_call(shape, data, biases="12", units=3),
+        rcu_call(shape, data, biases="12", units=3, adds="13"),
+        rcu_call(shape, data, units=2, recompute=True),
         fuse_call([shape, small], data, [3, 3], c),
         fuse_call([shape, small, shape, large], data, [None, 1, 3, None], c, True, shape[2:], align_corners=False),
         crp_call(shape, data, stages=2),
-        crp_call(shape, data, stages=2, kernel=1),
+        crp_call(shape, data, stages=2, kernel=1, relu=False),
         crp_call(shape, data, stages=3, kernel=1, biases=True, order="conv-pool"),
     ]
 
@@ -357,28 +319,31 @@ def check_call(call: Call, backend: str, needs: Needs = None) -> Rows:
         y_train, saved = call.train(backend)
         gy = torch.randn(y.shape, generator=torch.Generator().manual_seed(7)).to(y)
         grads = call.gradients(gy, saved, backend, needs)
+        decided = decisions(call, saved, backend)
 
     def same_decisions(*tensors: Tensor | None) -> Tensor:
-        return eager(call, *tensors, steps=Imposed(call, saved))
+        return eager(call, *tensors, steps=Imposed(decided))
 
     winograd = any(backends.get(backend).is_winograd(x, w) for x, w in _convolutions(call))
     forward = [compare([result], partial(eager, call), call.tensors, winograd=winograd) for result in (y, y_train)]
     yield call.op, "forward", *max(forward)
     yield call.op, "backward", *compare(grads, same_decisions, call.tensors, gy, winograd, needs)
-    steps = Imposed(call, saved)
+    steps = Imposed(decided)
     eager(call, *_each(call.tensors, Tensor.double), steps=steps)
     yield call.op, "decisions", steps.worst, 2 * max(forward)[1]  # both sides of a tie may be off
 
 
 def _convolutions(call: Call) -> list[tuple[Tensor, Tensor]]:
     """For each convolution of the call a tensor of the size of its result, and its weight."""
-    weights = [t for t in call.tensors if t is not None and t.dim() == 4]
+    if call.op == "rcu":
+        return [(call.tensors[0], w) for w1, _, w2, _ in rcu_parts(call.tensors)[1] for w in (w1, w2)]
     if call.op == "fuse":
         paths = len(call.tensors) // 3
         return [
             (x, w) for x, w in zip(call.tensors, call.tensors[paths : 2 * paths]) if x is not None and w is not None
         ]
-    return [(weights[0], w) for w in weights[1:]]
+    x, *weights = (t for t in call.tensors if t is not None and t.dim() == 4)
+    return [(x, w) for w in weights]
 
 
 def check_maxpool5(

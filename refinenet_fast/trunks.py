@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from refinenet_fast.ops import _check
 
@@ -61,6 +65,68 @@ def create_trunk(name: str, pretrained: bool = False, stride: str = "3x3") -> tu
     if stride == "1x1":
         _stride_first(net, name)
     return net, net.feature_info.channels()
+
+
+def features(
+    trunk: nn.Module,
+    images: Tensor,  # (N, 3, H, W)
+    again: bool = False,
+) -> list[Tensor]:  # (N, C_i, H_i, W_i), four of them
+    """A trunk's maps. ``again``: each stage keeps its input alone and is computed again in backward.
+
+    A trunk that is no row of stages is one stage. Running statistics of batch norm move once a step.
+    """
+    if not again:
+        return trunk(images)
+    stages = _stages(trunk)
+    if stages is None:
+        return checkpoint(trunk, images, use_reentrant=False, context_fn=partial(_contexts, [trunk]))
+    maps = [images]
+    for stage in stages:
+        contexts = partial(_contexts, stage)
+        maps.append(checkpoint(_in_turn, stage, maps[-1], use_reentrant=False, context_fn=contexts))
+    return maps[1:]
+
+
+def _stages(trunk: nn.Module) -> list[list[nn.Module]] | None:
+    """The modules of timm's ``FeatureListNet`` up to each map; None for another network."""
+    ends = getattr(trunk, "return_layers", None)
+    if not isinstance(trunk, nn.ModuleDict) or ends is None or len(ends) != len(REDUCTIONS):
+        return None
+    stages: list[list[nn.Module]] = [[]]
+    for name, module in trunk.items():
+        stages[-1].append(module)
+        if name in ends:
+            stages.append([])
+    return stages[:-1]
+
+
+def _in_turn(
+    modules: Sequence[nn.Module],
+    x: Tensor,  # (N, C, H, W)
+) -> Tensor:  # (N, K, h, w)
+    for module in modules:
+        x = module(x)
+    return x
+
+
+def _contexts(modules: Sequence[nn.Module]) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """What surrounds a stage in forward, and when it is computed again."""
+    return nullcontext(), _statistics_stay(modules)
+
+
+@contextmanager
+def _statistics_stay(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Within the block batch norm in training mode normalises as ever and leaves its running statistics alone."""
+    norms = [m for module in modules for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    live = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms if norm.training]
+    for norm, *_ in live:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for norm, momentum, steps in live:
+            norm.momentum, norm.num_batches_tracked = momentum, steps
 
 
 def _stride_first(net: nn.Module, name: str) -> None:

@@ -210,10 +210,10 @@ def assert_right(call: Call, backend: str) -> None:
 def public(call: Call, *tensors: Tensor | None) -> Tensor:
     """The public function of the call's op, on ``tensors`` in place of the call's own."""
     if call.op == "rcu":
-        x, *units = tensors
-        if len(units) == 4:
-            return ops.rcu(x, *units, *call.options)
-        return ops.rcu_run(x, list(zip(*[iter(units)] * 4)), *call.options)
+        x, (adds, units) = tensors[0], testing.rcu_parts(tensors)
+        if len(units) == 1:
+            return ops.rcu(x, *units[0], *call.options, add=adds[0])
+        return ops.rcu_run(x, units, *call.options, adds=adds)
     k = len(tensors) // 3 if call.op == "fuse" else 1
     images, rest = list(tensors[:k]), tensors[k:]
     weights, biases = list(rest[: len(rest) // 2]), list(rest[len(rest) // 2 :])

@@ -99,7 +99,8 @@ class Case(NamedTuple):
 
 def check_hot_path(call: Call, images: int, backend: str, needs: list[bool], gy_layout: str) -> Rows:
     """The op below autograd against float64, then the public function, which has to give the same bits."""
-    below = replace(call, tensors=[*map(activations, call.tensors[:images]), *call.tensors[images:]])
+    maps = [None if x is None else activations(x) for x in call.tensors[:images]]
+    below = replace(call, tensors=[*maps, *call.tensors[images:]])
     yield from testing.check_call(below, backend, needs)
     y, saved = below.train(backend)
     gy = laid_out(torch.randn_like(y), gy_layout)
@@ -114,7 +115,7 @@ def hot_path(draw: Draw, call: Call, images: int, backend: str) -> Case:
     mixed = call.tensors[0].dtype != torch.float32 and draw.chance(0.5)  # float32 parameters beside bfloat16
     drop, memory = draw.choice([0, 0, 0.5, 1]), draw.choice(MEMORIES)
     layouts = [draw.choice(LAYOUTS) for _ in range(images)]
-    tensors = [laid_out(x, how) for x, how in zip(call.tensors, layouts)]
+    tensors = [None if x is None else laid_out(x, how) for x, how in zip(call.tensors, layouts)]
     for t in call.tensors[images:]:
         t = t.float() if mixed and t is not None else t
         if t is not None and t.dim() == 4:
@@ -136,15 +137,16 @@ def hot_path(draw: Draw, call: Call, images: int, backend: str) -> Case:
 
 
 def crp(draw: Draw, data: Data, backend: str) -> Case:
-    order = draw.choice(["pool-conv", "conv-pool"])
-    call = crp_call(draw.shape(), data, draw.randint(1, 4), draw.choice([1, 3, 3]), biases=True, order=order)
+    options = {"order": draw.choice(["pool-conv", "conv-pool"]), "relu": draw.chance(0.7)}
+    call = crp_call(draw.shape(), data, draw.randint(1, 4), draw.choice([1, 3, 3]), biases=True, **options)
     return hot_path(draw, call, 1, backend)
 
 
 def rcu(draw: Draw, data: Data, backend: str) -> Case:
     options: dict[str, Any] = {"kernel": draw.choice([1, 3, 3]), "skip": draw.choice(["raw", "relu"])}
     options |= {"units": draw.choice([1, 1, 2, 3]), "middle": draw.choice([None, draw.channels()])}
-    return hot_path(draw, rcu_call(draw.shape(), data, biases="12", **options), 1, backend)
+    options |= {"recompute": draw.chance(0.5), "adds": draw.choice(["", "1", "2", "123"])}
+    return hot_path(draw, rcu_call(draw.shape(), data, biases="12", **options), 1 + options["units"], backend)
 
 
 def fuse(draw: Draw, data: Data, backend: str) -> Case:

@@ -13,14 +13,19 @@ PAGE = ROOT / "docs" / "architecture.md"
 PACKAGE = ROOT / "refinenet_fast"
 # Highest first; a module may import from its own layer and from those below.
 LAYERS = (
+    {"__main__"},
+    {"command"},
+    {"cli"},
+    {"training"},
     {"__init__"},
-    {"model", "published", "folding"},
-    {"variants", "trunks", "initialise"},
+    {"exporting"},
+    {"model", "published", "folding", "accelerate"},
+    {"variants", "trunks", "initialise", "adapters"},
     {"blocks"},
-    {"testing", "tuning"},
+    {"testing", "plain", "tuning"},
     {"ops"},
     {"backends"},
-    {"kernels", "layout", "_native"},
+    {"kernels", "layout", "files", "_native"},
 )
 
 if not PAGE.exists():
@@ -60,6 +65,7 @@ def test_the_page_names_every_module_of_the_layers_and_every_kernel():
         "engine.py",
         "packed.py",
         "testing.py",
+        "plain.py",
     }  # helpers of the files it names
     kernels = [f for suffix in ("cpu/*.cpp", "cuda/*.cu") for f in (ROOT / "csrc").glob(suffix)]
     kernels += [f for f in (ROOT / "kernels").glob("*.py") if f.name != "__init__.py"]

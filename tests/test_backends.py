@@ -98,7 +98,7 @@ def test_an_unknown_backend_is_answered_with_the_known_ones(name):
     x, w, *_ = crp_call((1, 2, 3, 3), Data(), stages=1).tensors
     if isinstance(name, str):
         with pytest.raises(ValueError, match="reference, cpu, triton, cuda"):
-            torch.ops.refinenet_fast.crp([x, w, None], "pool-conv", name)
+            torch.ops.refinenet_fast.crp([x, w, None], "pool-conv", True, name)
 
 
 def test_a_forced_backend_that_cannot_run_says_why():

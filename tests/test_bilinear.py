@@ -24,7 +24,8 @@ from common import (
 )
 from refinenet_fast.backends import get
 from refinenet_fast.layout import nhwc_strides
-from refinenet_fast.testing import bilinear_matrix, compare, poisoned, relative_l2, resize
+from refinenet_fast.plain import bilinear_matrix, resize
+from refinenet_fast.testing import compare, poisoned, relative_l2
 
 sizes = st.tuples(sides, sides)
 # (in, out, align_corners) where PyTorch's weights are exact too: multiples of 1/4

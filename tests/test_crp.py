@@ -29,6 +29,7 @@ options = {
     "kernel": st.sampled_from([1, 3]),
     "biases": st.booleans(),
     "order": st.sampled_from(ORDERS),
+    "relu": st.booleans(),
 }
 
 
@@ -60,9 +61,11 @@ def test_an_expanded_gradient_and_the_same_bits_twice(place, order):
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize(("kernel", "biases", "stages"), [(3, False, 2), (1, True, 3), (3, True, 1)])
-def test_gradcheck(kernel, biases, stages, order):
-    call = crp_call((2, 2, 4, 3), Data(torch.float64), stages, kernel, biases, order)
+@pytest.mark.parametrize(
+    ("kernel", "biases", "stages", "relu"), [(3, False, 2, True), (1, True, 3, False), (3, True, 1, True)]
+)
+def test_gradcheck(kernel, biases, stages, relu, order):
+    call = crp_call((2, 2, 4, 3), Data(torch.float64), stages, kernel, biases, order, relu)
     assert_gradcheck(call)
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from common import Place, assert_equal, assert_same_bits, laid_out, layouts, seeds, shapes, sprinkled, unchanged
 from refinenet_fast.backends import get
 from refinenet_fast.layout import nhwc_strides
-from refinenet_fast.testing import poisoned, pool_index
+from refinenet_fast.plain import pool_index
+from refinenet_fast.testing import poisoned
 
 kinds = st.sampled_from(["ties", "normal", "non-finite"])
 

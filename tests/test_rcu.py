@@ -12,12 +12,15 @@ from common import (
     assert_pytorchs,
     assert_repeatable,
     assert_right,
+    assert_same_bits,
     assert_same_gradients,
     laid,
     layouts,
     narrow,
+    public,
     seeds,
     sprinkled,
+    with_gradients,
 )
 from refinenet_fast.testing import Data, rcu_call
 
@@ -27,6 +30,8 @@ options = {
     "biases": st.sampled_from(["", "1", "2", "12"]),
     "skip": st.sampled_from(["raw", "relu"]),
     "units": st.sampled_from([1, 1, 2, 3]),
+    "adds": st.sampled_from(["", "", "1", "2", "123"]),
+    "recompute": st.booleans(),
 }
 
 
@@ -64,16 +69,30 @@ def test_gradcheck(kernel, biases, skip):
     assert_gradcheck(call)
 
 
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("skip", ["raw", "relu"])
-def test_gradcheck_of_a_run(skip):
-    call = rcu_call((1, 2, 3, 3), Data(torch.float64), middle=3, biases="12", skip=skip, units=2)
-    assert_gradcheck(call)
+@pytest.mark.parametrize("adds", ["", "1", "12"])
+def test_gradcheck_of_a_run(adds, skip, recompute):
+    options = {"biases": "12", "skip": skip, "units": 2, "recompute": recompute, "adds": adds}
+    assert_gradcheck(rcu_call((1, 2, 3, 3), Data(torch.float64), middle=3, **options))
 
 
-@pytest.mark.parametrize("first", [1, 2, 5, 8])
-def test_a_run_computes_only_the_gradients_that_are_wanted(place, first):
-    """Frozen from the first unit on, up to tensor ``first``: backward stops there."""
-    call = rcu_call((1, 5, 4, 3), place.data(), biases="12", units=2)
+@pytest.mark.parametrize("units", [1, 3])
+def test_recomputed_or_kept_the_bits_are_the_same(place, units):
+    shape, options = (2, 19, 9, 7), {"middle": 11, "biases": "12", "units": units, "adds": "1"}
+    outcomes = []
+    for recompute in (False, True):
+        with place.forced():
+            y, grads = with_gradients(public, rcu_call(shape, place.data(), recompute=recompute, **options))
+        outcomes.append([y, *grads])
+    assert_same_bits(*outcomes)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("first", [1, 2, 3, 4, 7, 10])
+def test_a_run_computes_only_the_gradients_that_are_wanted(place, first, recompute):
+    """Frozen from the first one on, up to tensor ``first``: backward stops there."""
+    call = rcu_call((1, 5, 4, 3), place.data(), biases="12", units=2, recompute=recompute, adds="12")
     wanted = [i >= first for i in range(len(call.tensors))]
     y, saved = call.train(place.backend)
     every = call.gradients(torch.ones_like(y), saved, place.backend)

@@ -23,10 +23,10 @@ def example(op: str, data: Data, **options) -> Call:
 
 def with_float32_parameters(call: Call) -> Call:
     """Float32 parameters beside half-precision activations."""
-    images = len(call.tensors) // 3 if call.op == "fuse" else 1
-    return Call(
-        call.op, call.tensors[:images] + [None if t is None else t.float() for t in call.tensors[images:]], call.options
-    )
+    count = len(call.tensors)
+    images = {"fuse": count // 3, "rcu": 1 + count // 5, "crp": 1}[call.op]
+    parameters = [None if t is None else t.float() for t in call.tensors[images:]]
+    return Call(call.op, call.tensors[:images] + parameters, call.options)
 
 
 def outcomes(call: Call, backend: str) -> list[Tensor]:

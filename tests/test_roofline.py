@@ -261,9 +261,9 @@ def test_sums_of_the_hot_paths_on_one_gpu():
         "RCU, fwd+bwd": 6 * conv + a_map,  # one bias gradient
         "CRP stage: pool, then conv3x3": conv + 2 * a_map,
         "CRP, 2 stages, forward": 2 * (conv + 2 * a_map),
-        "CRP, 2 stages, fwd+bwd": 2 * (3 * conv + 2.5 * a_map + 3.5 * a_map) + 3 * a_map,
+        "CRP, 2 stages, fwd+bwd": 2 * (3 * conv + (2 + 2.5 + 3.5) * a_map) + 3 * a_map,
         "CRP, 4 stages, forward": 4 * (conv + 2 * a_map),
-        "CRP, 4 stages, fwd+bwd": 4 * (3 * conv + 6 * a_map) + 3 * a_map,
+        "CRP, 4 stages, fwd+bwd": 4 * (3 * conv + 8 * a_map) + 3 * a_map,
         # Memory bounds 1x1 convolutions: their 128 KiB of weights take 0.0391, and the last one adds as many maps as
         # there are stages.
         "CRP light, 2 stages, forward": 6 * a_map + 2 * 0.0391,

@@ -38,30 +38,45 @@ def held(function: Callable[..., Tensor], call: Call) -> dict[torch.dtype, int]:
 
 @pytest.mark.parametrize("stages", [1, 2, 4])
 @pytest.mark.parametrize("order", ["pool-conv", "conv-pool"])
-def test_a_crp_stage_holds_one_byte_per_pooled_element_instead_of_eight(place, order, stages):
+def test_a_crp_holds_each_stages_input_and_no_pooled_map(place, order, stages):
+    """The first stage's is ``x`` itself; where pools follow convolutions, the pool's choices beside it."""
     call = crp_call(SHAPE, place.data(), stages=stages, order=order)
     with place.forced():
         ours = held(public, call)
     theirs = held(eager, call)
     activation = ELEMENTS * place.dtype.itemsize
-    read = stages if order == "pool-conv" else stages - 1  # inputs of convolutions; the first may be x itself
-    assert ours.pop(torch.uint8) == stages * ELEMENTS
-    assert ours.pop(place.dtype, 0) == read * activation
+    assert ours.pop(torch.uint8, 0) == (stages * ELEMENTS if order == "conv-pool" else 0)
+    assert ours.pop(place.dtype, 0) == (stages - 1) * activation
     assert not ours
     assert theirs.pop(torch.int64) == stages * 8 * ELEMENTS
-    assert theirs.pop(place.dtype) >= (read + 1) * activation
+    assert theirs.pop(place.dtype) >= 2 * stages * activation
 
 
-def test_an_rcu_holds_one_map_and_a_fusion_none(place):
+@pytest.mark.parametrize("recompute", [False, True])
+def test_an_rcu_holds_one_map_or_none_and_a_fusion_none(place, recompute):
     with place.forced():
-        rcu = held(public, rcu_call(SHAPE, place.data(), middle=5, biases="12"))
+        rcu = held(public, rcu_call(SHAPE, place.data(), middle=5, biases="12", recompute=recompute))
         fusion = held(public, fuse_call([SHAPE, (2, 3, 5, 4)], place.data(), [3, 1], 8, True))
-    assert rcu == {place.dtype: ELEMENTS // 8 * 5 * place.dtype.itemsize}
+    assert rcu == ({} if recompute else {place.dtype: ELEMENTS // 8 * 5 * place.dtype.itemsize})
     assert fusion == {}
 
 
+def test_what_a_unit_adds_is_not_held(place):
+    call = rcu_call(SHAPE, place.data(), adds="1")
+    x, add, *_ = (None if t is None else t.requires_grad_() for t in call.tensors)
+    kept = []
+    with (
+        torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t),
+        place.forced(),
+    ):
+        public(call, *call.tensors)
+    assert x.data_ptr() in kept and add.data_ptr() not in kept
+
+
 @pytest.mark.parametrize("units", [2, 3])
-def test_a_run_of_rcus_holds_two_maps_a_unit(place, units):
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_run_of_rcus_holds_two_maps_a_unit_or_one(place, units, recompute):
     with place.forced():
-        run = held(public, rcu_call(SHAPE, place.data(), units=units))
-    assert run == {place.dtype: (2 * units - 1) * ELEMENTS * place.dtype.itemsize}
+        run = held(public, rcu_call(SHAPE, place.data(), units=units, recompute=recompute))
+    maps = units - 1 if recompute else 2 * units - 1
+    assert run == {place.dtype: maps * ELEMENTS * place.dtype.itemsize}

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from common import assert_equal
-from refinenet_fast import backends, testing
+from refinenet_fast import backends, plain, testing
 
 
 def test_relative_l2_never_lets_a_nan_pass():
@@ -45,7 +45,7 @@ def test_poisoned_fills_fresh_memory_and_restores_the_settings():
 @pytest.mark.parametrize("align_corners", [True, False])
 @pytest.mark.parametrize("sizes", [(5, 12), (12, 5), (1, 4), (4, 1), (7, 7)])
 def test_bilinear_matrix_agrees_with_pytorch(sizes, align_corners):
-    matrix = testing.bilinear_matrix(*sizes, align_corners)  # (out, in)
+    matrix = plain.bilinear_matrix(*sizes, align_corners)  # (out, in)
     eye = torch.eye(sizes[0], dtype=torch.float64)[:, None, :, None]  # (in, 1, in, 1)
     want = F.interpolate(eye, (sizes[1], 1), mode="bilinear", align_corners=align_corners)[:, 0, :, 0]
     torch.testing.assert_close(matrix, want.T, rtol=0, atol=1e-13)
@@ -57,13 +57,13 @@ def test_pool_index_reads_the_byte_as_documented():
     argmax = torch.full((1, 1, 5, 7), 2 | 2 << 3, dtype=torch.uint8)  # everyone chooses itself ...
     argmax[0, 0, 3, 2:7] = torch.tensor([4 - c + 2 for c in range(2, 7)], dtype=torch.uint8) | 2 << 3
     argmax[0, 0, 1, 3] = 0 | 4 << 3  # ... but this one: two rows down, and there the row pass's choice counts
-    index = testing.pool_index(argmax)
+    index = plain.pool_index(argmax)
     assert index[0, 0, 0, 0] == 0
     assert index[0, 0, 1, 3] == 3 * 7 + 4
-    assert testing.pick(x, argmax)[0, 0, 1, 3] == 1
+    assert plain.pick(x, argmax)[0, 0, 1, 3] == 1
     for byte in (255, 5, 0, 5 << 3):
         with pytest.raises(ValueError, match="argmax"):
-            testing.pool_index(torch.full((1, 1, 1, 1), byte, dtype=torch.uint8))
+            plain.pool_index(torch.full((1, 1, 1, 1), byte, dtype=torch.uint8))
 
 
 def test_a_wrong_kernel_and_a_wrong_decision_are_noticed(monkeypatch):

@@ -18,12 +18,13 @@ import functools
 import json
 import math
 import os
-import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from refinenet_fast.files import whole
 
 COMMITTED = Path(__file__).resolve().parents[1] / "tables"
 FARTHEST = 2.0  # doublings, of all sizes together: beyond them a row says nothing about a shape
@@ -134,7 +135,6 @@ def write(family: str, rows: list[dict[str, Any]], made: dict[str, Any], folder:
     folder = folder or user_folder()
     if folder is None:
         raise OSError("there is no home directory to keep a table in: set REFINENET_FAST_TABLES to a folder")
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{family}.json"
 
     def question(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -144,15 +144,8 @@ def write(family: str, rows: list[dict[str, Any]], made: dict[str, Any], folder:
     kept = [row for row in read(path) if question(row) not in new]
     lines = ",\n".join(json.dumps(row) for row in sorted([*rows, *kept], key=question))
     content = f'{{"family": {json.dumps(family)}, "made": {json.dumps(made)}, "rows": [\n{lines}\n]}}\n'
-    partial = folder / f"{family}.json.{os.getpid()}.{threading.get_ident()}.partial"
-    try:
-        with partial.open("w") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole(path) as file:
+        file.write(content.encode())
     reload()
     return path
 

@@ -72,6 +72,13 @@ def bias(
     return b
 
 
+def flag(value: Any, argument: str) -> bool:
+    """``value`` if it is a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{argument}: expected a bool, got {value!r}")
+    return value
+
+
 def choice(value: Any, argument: str, known: tuple[str, ...]) -> str:
     """``value`` if it is one of the ``known`` words."""
     if value not in known:

@@ -12,7 +12,7 @@ The Autograd key is an ``autograd.Function``: on the eager path ``register_autog
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -39,6 +39,8 @@ class HotPath:
             ``needs`` says which are wanted, and others may be None. ``gy`` is in NHWC memory.
         fake: ``fake(tensors, *options)`` -> (result, saved), uninitialised, of the right shapes, dtypes and strides.
         images: How many of ``tensors``, the first ones, are (N, C, H, W) activations; the rest are parameters.
+        unread: Those of ``tensors``, by number, that backward does not read and that are of the result's shape: they
+            are not kept, and ``gy`` stands in their places.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class HotPath:
         backward: Callable[..., Tensors],
         fake: Callable[..., tuple[Tensor, list[Tensor]]],
         images: Callable[[Tensors], int],
+        unread: Callable[[Tensors], Sequence[int]] = lambda tensors: (),
     ) -> None:
         self.forward, self.backward, self.fake, self.images = forward, backward, fake, images
         arguments = f"Tensor?[] tensors, {options}, str backend"
@@ -57,7 +60,7 @@ class HotPath:
         self._infer_op = _define(f"{name}({arguments}) -> Tensor", self._infer, self._fake_infer)
         self._train_op = _define(f"{name}_train({arguments}) -> (Tensor, Tensor[])", self._train, self._fake_train)
         self._grads_op = _define(f"{name}_backward({upstream}) -> Tensor[]", self._grads, self._fake_grads)
-        self._function = _autograd_function(self._train_op, self._grads_op)
+        self._function = _autograd_function(self._train_op, self._grads_op, unread)
         _LIBRARY.impl(name, self._autograd, "Autograd")
 
     def __call__(self, backend: str, tensors: Tensors, *options: Any) -> Tensor:
@@ -115,7 +118,9 @@ def _define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
-def _autograd_function(train_op: Any, grads_op: Any) -> type[torch.autograd.Function]:
+def _autograd_function(
+    train_op: Any, grads_op: Any, unread: Callable[[Tensors], Sequence[int]]
+) -> type[torch.autograd.Function]:
     """The bridge to autograd: tensors are separate arguments, since in a list they would get no gradient."""
 
     class Function(torch.autograd.Function):
@@ -124,14 +129,16 @@ def _autograd_function(train_op: Any, grads_op: Any) -> type[torch.autograd.Func
             tensors, options = list(arguments[:count]), arguments[count:]
             with torch._C._AutoDispatchBelowAutograd():
                 y, saved = train_op(tensors, *options)
-            ctx.save_for_backward(*tensors, *saved)
+            ctx.unread = {i for i in unread(tensors) if tensors[i] is not None}
+            ctx.save_for_backward(*(None if i in ctx.unread else t for i, t in enumerate(tensors)), *saved)
             ctx.count, ctx.options = count, options
             return y
 
         @staticmethod
         def backward(ctx: Any, gy: Tensor) -> tuple[Any, ...]:
             held = ctx.saved_tensors
-            tensors, saved = list(held[: ctx.count]), list(held[ctx.count :])
+            tensors = [gy if i in ctx.unread else t for i, t in enumerate(held[: ctx.count])]
+            saved = list(held[ctx.count :])
             needs = list(ctx.needs_input_grad[1 : 1 + ctx.count])
             with torch.no_grad():
                 results = grads_op(gy, tensors, saved, needs, *ctx.options)

@@ -41,8 +41,7 @@ def fuse(
     xs = [activations(_check.image(x, f"xs[{i}]")) for i, x in enumerate(_check.sequence(xs, "xs"))]
     weights = _check.as_many(weights, "weights", len(xs), of="xs")
     biases = _check.as_many(biases, "biases", len(xs), of="xs")
-    if not isinstance(align_corners, bool):
-        raise TypeError(f"align_corners: expected a bool, got {align_corners!r}")
+    _check.flag(align_corners, "align_corners")
     _check_paths(xs, weights, biases)
     if size is None:
         size = max(x.shape[2] for x in xs), max(x.shape[3] for x in xs)

@@ -1,0 +1,266 @@
+"""The same kernels under other people's decoders: their blocks keep their parameters and are computed by the ops.
+
+An accelerated block's class becomes a subclass of its own, of the same name, whose forward runs the ops. So parameters,
+``state_dict``, hooks on the block, copies, replicas and pickles are what they were.
+"""
+
+from __future__ import annotations
+
+import copy as copying
+import functools
+import math
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from refinenet_fast import blocks
+from refinenet_fast.adapters import ADAPTERS, MARK, Adapter, Plain, is_plain
+from refinenet_fast.backends import use_backend
+
+Model = TypeVar("Model", bound=nn.Module)
+OWN = (blocks.RefineNetBlock, blocks.ResidualConvUnit, blocks.ResidualConvUnits, blocks.ChainedResidualPooling,
+       blocks.MultiResolutionFusion, blocks.Convolution)  # fmt: skip
+TOLERANCE = 1e-4  # of a trial in float32, relative to the largest value
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """One row of :func:`explain`.
+
+    Attributes:
+        name: The block, as ``named_modules`` calls it.
+        kind: Its class.
+        op: What runs in its place; None where it has been left alone.
+        reason: Why it has been left alone, or why, replaced, it runs its own forward as things are now; else None.
+    """
+
+    name: str
+    kind: str
+    op: str | None
+    reason: str | None
+
+
+def accelerate(model: Model, *, copy: bool = False) -> Model:
+    """Let the ops compute the residual conv units, fusion blocks and 3x3 convolutions of a decoder.
+
+    Recognised are the blocks of DPT, MiDaS, Depth Anything, ZoeDepth, Depth Pro, CroCo and DUSt3R, VGGT (those of
+    Hugging Face, of segmentation_models_pytorch, the original ones, and these copied elsewhere) and of RefineNet's
+    published ports: by the names of their classes, then by a trial on a small input, in which a copy of the block with
+    random weights has to give what the ops give. Where a block has been found, the model's other 3x3 convolutions of
+    stride 1 follow.
+
+    Parameters stay where they are: ``state_dict`` is unchanged, training goes on, autocast and ``torch.compile`` (after
+    this call) work. Batch norm is folded in eval, anew at each call; in training, and where hooks sit on a block's
+    children, the block's own forward runs. Results are in ``channels_last`` memory. A block whose ReLU works in place
+    no longer overwrites its input.
+
+    Args:
+        model: Any module; changed in place, unless
+        copy: a deep copy is asked for.
+
+    Returns:
+        The model, or its copy. Blocks that are accelerated already are left as they are.
+
+    Warns:
+        UserWarning: Nothing was found to replace; says what was looked for.
+    """
+    if copy:
+        model = copying.deepcopy(model)
+    places = _places(model)
+    for place in places:
+        if not place.plain and _adapter(place.module) is None:
+            _replace(place.module, _chosen(place)[0])
+    if any(_adapter(place.module) for place in places):
+        for place in places:
+            if place.plain and place.obstacle is None and _adapter(place.module) is None:
+                _replace(place.module, Plain())
+    else:
+        warnings.warn(_nothing(model, places), stacklevel=2)
+    return model
+
+
+def restore(model: Model) -> Model:
+    """Undo :func:`accelerate`: every block has its own class and forward again. Returns the model."""
+    for module in model.modules():
+        kind = type(module)
+        if MARK in vars(kind):
+            module.__class__ = kind.__base__
+        elif _adapter(module) is not None:  # parametrized since: its class, of this one block, is derived from ours
+            kind.__bases__ = tuple(base.__base__ if MARK in vars(base) else base for base in kind.__bases__)
+    return model
+
+
+def explain(model: nn.Module) -> list[Explanation]:
+    """Block by block: what :func:`accelerate` has replaced; what it leaves alone, or would, and why."""
+    rows = []
+    for place in _places(model):
+        adapter, reason = _adapter(place.module), place.obstacle
+        if adapter is not None:
+            reason = adapter.hindrance(place.module)
+        elif reason is None:
+            reason = (None if place.plain else _chosen(place)[1]) or "not accelerated"
+        op = None if adapter is None else adapter.op
+        rows.append(Explanation(place.name, type(place.module).__name__, op, reason))
+    return rows
+
+
+class _Place(NamedTuple):
+    """What could be replaced: a block with an adapter's name, or a plain convolution outside of blocks."""
+
+    name: str
+    module: nn.Module
+    plain: bool
+    obstacle: str | None  # why it must not be replaced
+
+
+def _places(model: nn.Module) -> list[_Place]:
+    """In the order of the model, but a block's own blocks before it."""
+    seen: set[nn.Module] = set()
+
+    def walk(name: str, module: nn.Module, inside: bool, compiled: bool) -> Iterator[_Place]:
+        if module in seen or isinstance(module, OWN):
+            return
+        seen.add(module)
+        compiled |= "_orig_mod" in module._modules or module._compiled_call_impl is not None
+        block = bool(_candidates(module))
+        for child_name, child in module.named_children():
+            yield from walk(f"{name}.{child_name}" if name else child_name, child, inside or block, compiled)
+        if block or (not inside and _is_convolution(module)):
+            yield _Place(name, module, not block, _obstacle(module, compiled))
+
+    return list(walk("", model, False, False))
+
+
+def _is_convolution(module: nn.Module) -> bool:
+    if isinstance(_adapter(module), Plain):
+        return True
+    return type(module) is nn.Conv2d and is_plain(module) and module.kernel_size == (3, 3)
+
+
+def _obstacle(module: nn.Module, compiled: bool) -> str | None:
+    if compiled:
+        return "compiled: accelerate the model before compiling it"
+    if "forward" in vars(module):
+        return "its forward has been replaced already, by something else"
+    return None
+
+
+def _candidates(module: nn.Module) -> list[Adapter]:
+    """Adapters of blocks with this class's name."""
+    return [adapter for pattern, adapter in ADAPTERS if fnmatchcase(type(module).__name__, pattern)]
+
+
+def _adapter(module: nn.Module) -> Adapter | None:
+    """That of an accelerated block."""
+    return getattr(type(module), MARK, None)
+
+
+def _chosen(place: _Place) -> tuple[Adapter | None, str | None]:
+    """The first adapter that stands the block's trial, or why none does."""
+    if place.obstacle is not None:
+        return None, place.obstacle
+    reasons = []
+    for adapter in _candidates(place.module):
+        reason = _trial(adapter, place.module)
+        if reason is None:
+            return adapter, None
+        reasons.append(reason)
+    return None, reasons[0]
+
+
+def _trial(adapter: Adapter, block: nn.Module) -> str | None:
+    """Why the ops do not compute what the block computes, for a copy with random weights; None if they do."""
+    try:
+        twin = _twin(block)
+    except Exception as error:  # whatever another library's module raises when it is copied
+        return f"it cannot be copied for a trial: {error}"
+    reason = adapter.hindrance(twin)
+    if reason is not None:
+        return reason
+    original = functools.partial(type(twin).forward, twin)
+    with torch.no_grad(), torch.autocast("cpu", enabled=False), use_backend("auto"):
+        for args, kwargs in adapter.trials(twin, _Normal()):
+            try:  # whatever a block of another meaning raises
+                want = original(*map(torch.clone, args), **kwargs)
+            except Exception as error:
+                return f"its own forward failed on a small input: {error}"
+            off = _difference(adapter.fused(twin, *args, **kwargs), want)
+            if not off <= TOLERANCE:
+                return (
+                    f"on a small input its result is not that of {adapter.op}: it differs by {off:.1e} of the largest"
+                )
+    return None
+
+
+def _twin(block: nn.Module) -> nn.Module:
+    """A copy in float32 and eval on the CPU, without hooks, its parameters and statistics random."""
+    twin = copying.deepcopy(block).to_empty(device="cpu").float().eval()
+    data = _Normal()
+    with torch.no_grad():
+        for p in twin.parameters():
+            p.copy_(data(*p.shape) / math.sqrt(max(1, p[0].numel()) if p.dim() > 1 else 1))
+        for b in twin.buffers():
+            b.copy_((data(*b.shape).abs() + 0.5) if b.is_floating_point() else torch.zeros_like(b))
+    for module in twin.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks):
+            hooks.clear()
+        module._backward_pre_hooks.clear()
+    return twin
+
+
+class _Normal:
+    """Normal values, the same in every process, without a step of PyTorch's own generator."""
+
+    def __init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(0)
+
+    def __call__(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator)
+
+
+def _difference(got: Any, want: Any) -> float:
+    """Largest difference, relative to the largest value; inf where these are no maps of one shape."""
+    if not isinstance(got, Tensor) or not isinstance(want, Tensor) or got.shape != want.shape:
+        return math.inf
+    return float((got - want).abs().max() / want.abs().max())
+
+
+def _replace(module: nn.Module, adapter: Adapter | None) -> None:
+    if adapter is not None:
+        kind: Any = type(module)
+        module.__class__ = _accelerated(kind, adapter)
+
+
+@functools.cache
+def _accelerated(kind: Any, adapter: Adapter) -> type[nn.Module]:
+    """The subclass of a block's class whose forward is the adapter's."""
+
+    @functools.wraps(kind.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        return adapter.forward(self, functools.partial(kind.forward, self), *args, **kwargs)
+
+    def __reduce_ex__(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
+        return _blank, (kind, adapter), self.__getstate__()  # a pickle names the block's own class
+
+    named = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+    return type(kind.__name__, (kind,), {**named, MARK: adapter, "forward": forward, "__reduce_ex__": __reduce_ex__})
+
+
+def _blank(kind: Any, adapter: Adapter) -> nn.Module:
+    accelerated = _accelerated(kind, adapter)
+    return accelerated.__new__(accelerated)
+
+
+def _nothing(model: nn.Module, places: list[_Place]) -> str:
+    blocks = [place for place in places if not place.plain]
+    if blocks:
+        return (
+            f"accelerate: all of the {len(blocks)} blocks found are left alone; refinenet_fast.explain(model) says why"
+        )
+    wanted = ", ".join(dict.fromkeys(pattern for pattern, _ in ADAPTERS))
+    return f"accelerate: expected blocks whose classes are named {wanted}, found none in {type(model).__name__}"

@@ -1,0 +1,316 @@
+"""RefineNet's blocks in other people's decoders: where their parts are, and how the ops compute what they compute.
+
+A family is an entry or two of :data:`ADAPTERS`, found by the name of a block's class. An entry knows names only:
+whether a block computes what the ops do is for a trial to find out (:mod:`refinenet_fast.accelerate`).
+"""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from refinenet_fast.blocks import Convolution, is_bare
+from refinenet_fast.ops import crp, fuse, rcu_run
+from refinenet_fast.ops._check import DTYPES
+
+MARK = "refinenet_fast_adapter"  # the attribute by which the class of an accelerated block is known
+Forward = Callable[..., Tensor]
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+Parameters = tuple[Tensor, Tensor | None]  # (K, C, R, R); (K,)
+
+
+class Adapter(ABC):
+    """How the ops compute what the blocks of one class compute."""
+
+    op: ClassVar[str]  # what runs in the block's place
+
+    @abstractmethod
+    def parts(self, block: Any) -> Iterator[nn.Module]:
+        """The convolutions whose parameters the ops use, and the batch norms.
+
+        Raises:
+            AttributeError: The block has no such parts; says which.
+        """
+
+    @abstractmethod
+    def fused(self, block: Any, *args: Any, **kwargs: Any) -> Tensor | None:  # (N, C, H, W)
+        """The block's result by the ops; None where they do not cover these arguments."""
+
+    @abstractmethod
+    def trials(self, block: Any, data: Callable[..., Tensor]) -> list[Arguments]:
+        """Arguments to try the block with; ``data(n, c, h, w)`` makes a map."""
+
+    def forward(self, block: nn.Module, original: Forward, *args: Any, **kwargs: Any) -> Tensor:  # (N, C, H, W)
+        """By the ops, or by the block's own forward where they cannot."""
+        y = self.fused(block, *args, **kwargs) if self.hindrance(block) is None else None
+        return original(*args, **kwargs) if y is None else y
+
+    def hindrance(self, block: nn.Module) -> str | None:
+        """Why the block's own forward has to run, as the block is now; None where nothing stands in the way."""
+        try:
+            parts = list(self.parts(block))
+        except AttributeError as error:
+            return f"parts that its class should have: {error}"
+        for part in parts:
+            if isinstance(part, _BatchNorm):
+                if part.training or part.running_mean is None:
+                    return "batch norm in training, or without statistics"
+            elif not is_plain(part):
+                return f"expected plain 3x3 or 1x1 convolutions that keep the size, got {part}"
+        for name, child in block.named_modules():
+            if child is not block and not is_bare(child):
+                return f"{name!r} has hooks, another forward or is compiled by itself; its own forward would not run"
+        return None
+
+
+def is_plain(conv: nn.Module) -> bool:
+    """Whether it is a convolution that the ops can run, and its class does nothing else with its weight."""
+    if not isinstance(conv, nn.Conv2d) or not Convolution.covers(conv):
+        return False
+    return type(conv).forward is nn.Conv2d.forward and type(conv)._conv_forward is nn.Conv2d._conv_forward
+
+
+def _fits(*maps: Tensor | None) -> bool:
+    """Whether these are batches of floating maps, which the ops take."""
+    return all(x is None or (x.dim() == 4 and x.dtype in DTYPES) for x in maps)
+
+
+def _folded(conv: Any, norm: Any) -> Parameters:
+    """Weight and bias of a convolution and the batch norm after it, in float32 at least; differentiable."""
+    if norm is None:
+        return conv.weight, conv.bias
+    wide = torch.promote_types(conv.weight.dtype, torch.float32)
+    scale = torch.rsqrt(norm.running_var.to(wide) + norm.eps)
+    scale = scale if norm.weight is None else scale * norm.weight
+    bias = -norm.running_mean.to(wide) if conv.bias is None else conv.bias - norm.running_mean.to(wide)
+    bias = bias * scale if norm.bias is None else bias * scale + norm.bias
+    return conv.weight * scale[:, None, None, None], bias
+
+
+@dataclass(frozen=True)
+class Unit(Adapter):
+    """A residual conv unit.
+
+    Args:
+        conv1, conv2: Names of the convolutions.
+        norm1, norm2: Names of the batch norms after them, which a block may lack.
+        skip: As in :func:`refinenet_fast.ops.rcu`.
+    """
+
+    conv1: str
+    conv2: str
+    norm1: str
+    norm2: str
+    skip: str = "raw"
+    op = "rcu"
+
+    def _norms(self, unit: Any) -> tuple[nn.Module | None, nn.Module | None]:
+        return getattr(unit, self.norm1, None), getattr(unit, self.norm2, None)
+
+    def _convs(self, unit: Any) -> tuple[Any, Any]:
+        return getattr(unit, self.conv1), getattr(unit, self.conv2)
+
+    def parts(self, block: Any) -> Iterator[nn.Module]:
+        yield from self._convs(block)
+        yield from (norm for norm in self._norms(block) if norm is not None)
+
+    def parameters(self, unit: Any) -> tuple[Tensor | None, ...]:
+        """``(w1, b1, w2, b2)`` as :func:`refinenet_fast.ops.rcu_run` takes them."""
+        (w1, b1), (w2, b2) = map(_folded, self._convs(unit), self._norms(unit))
+        return w1, b1, w2, b2
+
+    def fused(self, block: Any, x: Tensor) -> Tensor | None:  # (N, C, H, W), both
+        return rcu_run(x, [self.parameters(block)], self.skip) if _fits(x) else None
+
+    def trials(self, block: Any, data: Callable[..., Tensor]) -> list[Arguments]:
+        return [((data(2, self._convs(block)[0].in_channels, 5, 6),), {})]
+
+
+@dataclass(frozen=True)
+class Units(Adapter):
+    """Residual conv units in a row; names of their convolutions, with {} for the unit's number, from 1."""
+
+    conv1: str
+    conv2: str
+    op = "rcu"
+
+    def _convs(self, block: Any) -> list[tuple[Any, Any]]:
+        if block.n_stages != 2:
+            raise AttributeError(f"expected 2 convolutions a unit (n_stages), got {block.n_stages}")
+        names = [(self.conv1.format(i), self.conv2.format(i)) for i in range(1, block.n_blocks + 1)]
+        return [(getattr(block, conv1), getattr(block, conv2)) for conv1, conv2 in names]
+
+    def parts(self, block: Any) -> Iterator[nn.Module]:
+        for unit in self._convs(block):
+            yield from unit
+
+    def fused(self, block: Any, x: Tensor) -> Tensor | None:  # (N, C, H, W), both
+        units = [(a.weight, a.bias, b.weight, b.bias) for a, b in self._convs(block)]
+        return rcu_run(x, units) if _fits(x) else None
+
+    def trials(self, block: Any, data: Callable[..., Tensor]) -> list[Arguments]:
+        return [((data(2, self._convs(block)[0][0].in_channels, 5, 6),), {})]
+
+
+@dataclass(frozen=True)
+class Pooling(Adapter):
+    """Chained residual pooling without its ReLU; the convolutions' names, with {} for the stage's number, from 1."""
+
+    conv: str
+    op = "crp"
+
+    def _convs(self, block: Any) -> list[Any]:
+        return [getattr(block, self.conv.format(i)) for i in range(1, block.n_stages + 1)]
+
+    def parts(self, block: Any) -> Iterator[nn.Module]:
+        yield from self._convs(block)
+
+    def fused(self, block: Any, x: Tensor) -> Tensor | None:  # (N, C, H, W), both
+        convs = self._convs(block)
+        return crp(x, [c.weight for c in convs], [c.bias for c in convs], relu=False) if _fits(x) else None
+
+    def trials(self, block: Any, data: Callable[..., Tensor]) -> list[Arguments]:
+        return [((data(2, self._convs(block)[0].in_channels, 9, 8),), {})]
+
+
+@dataclass(frozen=True)
+class Fusion(Adapter):
+    """DPT's fusion block: ``t = below + unit1(skip)``, ``y = projection(upsample(unit2(t)))``.
+
+    The projection, a 1x1 convolution, commutes with bilinear upsampling, whose weights sum to 1 at every pixel: it is
+    done first, on a quarter of the pixels. Without a size the upsampling doubles.
+
+    Args:
+        unit1, unit2: Names of the units on the skip and on the sum; a block without skips may lack the first.
+        projection: Name of the 1x1 convolution, which a block may lack.
+        skip_first: Whether the block is called with the skip, then the map from below; otherwise the other way round.
+        resizes: Whether a skip of another size than the map from below is resized to it (``align_corners=False``).
+        upsampling: Name of a transposed convolution in the place of bilinear upsampling; a block may lack both.
+    """
+
+    unit1: str
+    unit2: str
+    projection: str
+    skip_first: bool = False
+    resizes: bool = False
+    upsampling: str | None = None
+    op = "rcu, fuse"
+
+    def _units(self, block: Any) -> list[tuple[Any, Unit]]:
+        """The units that there are, with their adapters."""
+        first = getattr(block, self.unit1, None)
+        units = [getattr(block, self.unit2)]
+        if first is not None and not isinstance(first, nn.Identity):
+            units.insert(0, first)
+        adapters = [getattr(unit, MARK, None) for unit in units]
+        if not all(isinstance(adapter, Unit) for adapter in adapters):
+            raise AttributeError("its residual conv units are left alone")
+        return list(zip(units, adapters, strict=True))
+
+    def parts(self, block: Any) -> Iterator[nn.Module]:
+        for unit, adapter in self._units(block):
+            yield from adapter.parts(unit)
+        projection = getattr(block, self.projection, None)
+        if projection is not None:
+            yield projection
+
+    def fused(
+        self,
+        block: Any,
+        first: Tensor,  # (N, C, H, W)
+        second: Tensor | None = None,  # (N, C, H, W)
+        size: tuple[int, int] | None = None,
+        **others: Any,
+    ) -> Tensor | None:  # (N, K, H', W')
+        below, skip = (second, first) if self.skip_first else (first, second)
+        if not _fits(first, second) or any(value is not None for value in others.values()):
+            return None
+        if below is not None and skip is not None and below.shape != skip.shape:
+            if not self.resizes or skip.shape[:2] != below.shape[:2]:
+                return None
+            skip = fuse([skip], [None], size=(below.shape[2], below.shape[3]), align_corners=False)
+        t = self._sum(block, below, skip)
+        return None if t is None else self._end(block, t, size)
+
+    def _sum(
+        self,
+        block: Any,
+        below: Tensor | None,  # (N, C, H, W)
+        skip: Tensor | None,  # (N, C, H, W)
+    ) -> Tensor | None:  # (N, C, H, W)
+        """``unit2(below + unit1(skip))``, of which one may be missing."""
+        units = self._units(block)
+        parameters = [adapter.parameters(unit) for unit, adapter in units]
+        kind = units[-1][1].skip
+        if skip is None:
+            return rcu_run(below, parameters[-1:], kind)
+        return rcu_run(skip, parameters, kind, adds=[below, None]) if len(units) == 2 else None
+
+    def _end(
+        self,
+        block: Any,
+        t: Tensor,  # (N, C, H, W)
+        size: tuple[int, int] | None,
+    ) -> Tensor:  # (N, K, H', W')
+        projection = getattr(block, self.projection, None)
+        if self.upsampling is not None:
+            upsampling = getattr(block, self.upsampling, None)
+            return projection(t if upsampling is None else upsampling(t))
+        size = size or getattr(block, "size", None) or (2 * t.shape[2], 2 * t.shape[3])
+        weight, bias = (None, None) if projection is None else (projection.weight, projection.bias)
+        return fuse([t], [weight], [bias], size=size, align_corners=getattr(block, "align_corners", True))
+
+    def trials(self, block: Any, data: Callable[..., Tensor]) -> list[Arguments]:
+        unit, adapter = self._units(block)[-1]
+        channels = next(adapter.parts(unit)).in_channels
+        x, skip, odd = (data(2, channels, *size) for size in ((5, 6), (5, 6), (4, 7)))
+        calls: list[Arguments] = [((x,), {})]
+        if len(self._units(block)) == 2:
+            calls.append(((x, skip), {}))
+            if self.resizes:
+                calls.append(((x, odd), {}))
+        if "size" in inspect.signature(type(block).forward).parameters:
+            calls.append(((x,), {"size": (9, 11)}))
+        return calls
+
+
+@dataclass(frozen=True)
+class Plain(Adapter):
+    """Any other 3x3 convolution of stride 1, once a block has been found."""
+
+    op = "conv3x3"
+
+    def parts(self, block: Any) -> Iterator[nn.Module]:
+        return iter(())
+
+    def fused(self, block: Any, x: Tensor) -> Tensor | None:  # (N, C, H, W); (N, K, H, W)
+        return fuse([x], [block.weight], [block.bias]) if _fits(x) else None
+
+    def trials(self, block: Any, data: Callable[..., Tensor]) -> list[Arguments]:
+        return [((data(2, block.in_channels, 5, 6),), {})]
+
+
+# Pattern of the class's name, adapter; the first that stands its trial is taken.
+ADAPTERS: tuple[tuple[str, Adapter], ...] = (
+    # Hugging Face transformers: dpt, depth_anything, zoedepth, depth_pro and what copies them.
+    ("*PreActResidualLayer", Unit("convolution1", "convolution2", "batch_norm1", "batch_norm2")),
+    ("DepthProFeatureFusionLayer", Fusion("residual_layer1", "residual_layer2", "projection", upsampling="deconv")),
+    ("*FeatureFusionLayer", Fusion("residual_layer1", "residual_layer2", "projection", resizes=True)),
+    # MiDaS, isl-org/DPT, Depth Anything, CroCo and DUSt3R, VGGT. An in-place ReLU makes the skip relu(x).
+    ("ResidualConvUnit*", Unit("conv1", "conv2", "bn1", "bn2")),
+    ("ResidualConvUnit*", Unit("conv1", "conv2", "bn1", "bn2", skip="relu")),
+    ("FeatureFusionBlock*", Fusion("resConfUnit1", "resConfUnit2", "out_conv")),
+    # segmentation_models_pytorch.
+    ("ResidualConvBlock", Unit("conv_1", "conv_2", "batch_norm_1", "batch_norm_2")),
+    ("FusionBlock", Fusion("residual_conv_block1", "residual_conv_block2", "project", skip_first=True)),
+    # RefineNet: refinenet-pytorch, light-weight-refinenet.
+    ("RCUBlock", Units("{}_conv", "{}_conv_relu_varout_dimred")),
+    ("CRPBlock", Pooling("{}_outvar_dimred")),
+)

@@ -1,0 +1,105 @@
+"""One process or many, by torchrun's environment: sums over ranks, and what rank 0 decides for all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from refinenet_fast.training.files import BadInput
+
+T = TypeVar("T")
+
+
+class Told(BadInput):
+    """What the first rank has raised and says, on the others."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that train together."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Over all ranks, in place."""
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, on every rank."""
+        if self.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
+    def on_first(self, work: Callable[[], T]) -> T:
+        """What ``work`` returns on rank 0, for all ranks; what it raises as BadInput, all raise.
+
+        Raises:
+            Told: On the other ranks.
+        """
+        result: Any = None
+        if self.first:
+            try:
+                result = work()
+            except BadInput as error:
+                result = error
+        if self.world > 1:
+            box = [result]
+            dist.broadcast_object_list(box)
+            result = box[0]
+        if isinstance(result, BadInput):
+            raise result if self.first else Told(str(result))
+        return result
+
+
+@contextmanager
+def ranks(device: str) -> Iterator[Ranks]:
+    """The processes that torchrun started, or this one alone.
+
+    Args:
+        device: ``"auto"`` (a GPU if there is one), ``"cpu"``, ``"cuda"`` or ``"cuda:<n>"``.
+
+    Raises:
+        BadInput: There is no such device.
+    """
+    world, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    try:
+        place = torch.device(name)
+    except RuntimeError as error:
+        raise BadInput(f"device: expected auto, cpu, cuda or cuda:<n>, got {device!r}") from error
+    if place.type == "cuda":
+        place = torch.device("cuda", local if world > 1 else place.index or 0)
+        if place.index >= torch.cuda.device_count():
+            raise BadInput(f"device: expected one of {torch.cuda.device_count()} GPUs, got {place}")
+        torch.cuda.set_device(place)
+    if world == 1:
+        yield Ranks(0, 1, place)
+        return
+    dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+    try:
+        yield Ranks(dist.get_rank(), world, place)
+    finally:
+        dist.destroy_process_group()
+
+
+def default_workers(group: Ranks) -> int:
+    """Processes that load data for one rank: a core each, at most 8."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(8, (os.cpu_count() or 1) // here))

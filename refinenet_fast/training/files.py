@@ -1,0 +1,162 @@
+"""Reading images and masks, with one-line errors that name the file; writing files that are whole or not there."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from refinenet_fast import files
+from refinenet_fast.files import PARTIAL
+
+SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+IMAGE_MODES = ("RGB", "L", "P", "1")
+MASK_MODES = ("P", "L", "1", "I;16")
+_ORIENTATION = 0x0112  # EXIF's tag
+
+
+class BadInput(Exception):
+    """What the user gave cannot be used. The message is one line, and is shown without a traceback."""
+
+
+class Unreadable(BadInput):
+    """A file of the user's that cannot be read or decoded, or is of another kind; others may do."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def images_below(folder: Path) -> list[Path]:
+    """Every image file in ``folder`` and its subfolders, sorted.
+
+    Raises:
+        BadInput: It is no folder, or cannot be read.
+    """
+    if not folder.is_dir():
+        raise BadInput(f"{folder}: expected a folder, {'got a file' if folder.exists() else 'there is none'}")
+    if not os.access(folder, os.R_OK | os.X_OK):
+        raise BadInput(f"{folder}: expected a folder that can be read, got no permission to")
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Height and width as :func:`read_image` gives them, from the file's header alone.
+
+    Raises:
+        BadInput: It is no image, or of a kind that :func:`read_image` refuses.
+    """
+    with _opened(path, IMAGE_MODES, "an 8-bit RGB or grey image") as image:
+        turned = image.getexif().get(_ORIENTATION, 1) >= 5  # by a quarter
+        return (image.width, image.height) if turned else (image.height, image.width)
+
+
+def read_image(path: Path) -> Tensor:  # (3, H, W) uint8
+    """An image in RGB, turned as its EXIF orientation says.
+
+    Raises:
+        BadInput: It cannot be read or is damaged, or it is not 8-bit RGB or grey (16 bits, CMYK, transparency).
+    """
+    with _opened(path, IMAGE_MODES, "an 8-bit RGB or grey image") as image:
+        pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def read_mask(path: Path) -> Tensor:  # (H, W) int64
+    """The class of every pixel: a palette's index or a grey value.
+
+    Raises:
+        BadInput: It cannot be read or is damaged, or it is no palette or grey image.
+    """
+    with _opened(path, MASK_MODES, "a palette or grey image as a mask") as image:
+        return torch.from_numpy(np.array(image).astype(np.int64))
+
+
+@contextmanager
+def _opened(path: Path, modes: tuple[str, ...], expected: str) -> Iterator[Image.Image]:
+    """An open image, whatever Pillow says of it there and within the block made one line."""
+    try:
+        with Image.open(path) as image:
+            # In a mask, what colour an index has says nothing.
+            transparent = image.mode == "P" and "transparency" in image.info and modes is IMAGE_MODES
+            if image.mode not in modes or transparent:
+                mode = "P with transparency" if transparent else image.mode
+                raise Unreadable(f"{path}: expected {expected}, got mode {mode}")
+            yield image
+    except FileNotFoundError as error:
+        raise Unreadable(f"{path}: there is no such file") from error
+    except PermissionError as error:
+        raise Unreadable(f"{path}: expected a file that can be read, got no permission to") from error
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow raises all of them
+        reason = first_line(error)
+        raise Unreadable(f"{path}: expected an image, got a file that cannot be decoded ({reason})") from error
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[BinaryIO]:
+    """:func:`refinenet_fast.files.whole`.
+
+    Raises:
+        BadInput: The disk is full, or it cannot be written; ``path`` is as it was.
+    """
+    try:
+        with files.whole(path) as file:
+            yield file
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        reason = "the disk is full" if full else error.strerror or str(error)
+        raise BadInput(f"{path}: cannot be written: {reason}") from error
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """``write`` to a :func:`whole` file."""
+    with whole(path) as file:
+        write(file)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A folder to write files in, that takes the place of ``path`` when the block is done; where it raises, none does.
+
+    Raises:
+        BadInput: It cannot be written.
+    """
+    partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(partial, path)
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """:func:`write_whole` of ``content`` as JSON."""
+    write_whole(path, lambda file: file.write((json.dumps(content, indent=2) + "\n").encode()))
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        BadInput: It is not there, or damaged.
+    """
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path}: expected a JSON file, got {error}") from error

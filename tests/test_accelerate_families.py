@@ -1,0 +1,121 @@
+"""``accelerate`` on whole networks of transformers and segmentation_models_pytorch, built from their configurations."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from refinenet_fast import accelerate, explain, restore, use_backend
+from refinenet_fast.testing import relative_l2
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
+depth_models = pytest.importorskip("depth_models", reason="needs the checkout's benchmarks/")
+pytest.importorskip("transformers")
+pytest.importorskip("segmentation_models_pytorch")
+
+from depth_models import TINY, depth_anything, depth_pro, dpt, prompt_depth_anything, smp_dpt, zoedepth  # noqa: E402
+
+ODD = [(70, 98), (42, 126), (98, 42)]  # pixels; by patches of 14: 5x7, 3x9 and 7x3
+BY_16 = [(48, 80), (80, 48), (112, 16)]
+BY_32 = [(64, 96), (96, 32), (160, 32)]
+SQUARES = [(48, 48), (80, 80), (112, 112)]  # where the network takes no others
+FAMILIES = {  # how it is built, images, blocks replaced by op
+    "depth_anything": (lambda: depth_anything(TINY), ODD, {"rcu": 8, "rcu, fuse": 4, "conv3x3": 6}),
+    "depth_anything, metric": (
+        lambda: depth_anything(TINY, depth_estimation_type="metric", max_depth=20),
+        ODD,
+        {"rcu": 8, "rcu, fuse": 4, "conv3x3": 6},
+    ),
+    "prompt_depth_anything": (
+        lambda: prompt_depth_anything(TINY), ODD, {"rcu": 8, "rcu, fuse": 4, "conv3x3": 6},
+    ),
+    "dpt": (lambda: dpt(TINY), SQUARES, {"rcu": 8, "rcu, fuse": 4, "conv3x3": 6}),
+    "dpt, batch norm": (
+        lambda: dpt(TINY, use_batch_norm_in_fusion_residual=True), SQUARES, {"rcu": 8, "rcu, fuse": 4, "conv3x3": 6},
+    ),
+    "zoedepth": (lambda: zoedepth(TINY), BY_16, {"rcu": 8, "rcu, fuse": 4, "conv3x3": 6}),
+    "depth_pro": (
+        lambda: depth_pro(TINY), [(128, 128), (160, 128), (128, 192)], {"rcu": 10, "rcu, fuse": 5, "conv3x3": 6},
+    ),
+    "smp DPT": (lambda: smp_dpt(TINY), BY_32, {"rcu": 8, "rcu, fuse": 4, "conv3x3": 5}),
+}  # fmt: skip
+
+
+def built(family: str) -> nn.Module:
+    torch.manual_seed(0)
+    return depth_models.randomise(FAMILIES[family][0]()).eval()
+
+
+def image(height: int, width: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:  # (1, 3, H, W)
+    return torch.randn(1, 3, height, width, generator=torch.Generator().manual_seed(height), dtype=dtype)
+
+
+def result(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    y = model(x)
+    return y if isinstance(y, torch.Tensor) else y.predicted_depth
+
+
+def step(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    """The result and the gradients of all parameters that take part in it."""
+    y = result(model, x)
+    gy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=y.dtype)
+    grads = torch.autograd.grad(y, list(model.parameters()), gy, allow_unused=True)
+    return [y.detach(), *(g for g in grads if g is not None)]
+
+
+def worst(got: list[torch.Tensor], want: list[torch.Tensor]) -> float:
+    """The largest relative error; of gradients that are nothing but rounding, as those of an attention's key bias,
+    relative to a thousandth of the largest gradient."""
+    assert len(got) == len(want)
+    least = 1e-3 * max(w.norm().item() for w in want)
+    return max((g - w).norm().item() / max(w.norm().item(), least) for g, w in zip(got, want))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_results_and_gradients(family):
+    model = built(family)
+    fast = accelerate(model, copy=True)
+    assert list(fast.state_dict()) == list(model.state_dict())
+    counts: dict[str, int] = {}
+    for row in explain(fast):
+        assert row.op is not None and row.reason is None, row
+        counts[row.op] = counts.get(row.op, 0) + 1
+    assert counts == FAMILIES[family][2]
+    for size in FAMILIES[family][1]:
+        x = image(*size)
+        want, got = step(model, x), step(fast, x)
+        assert relative_l2(got[0], want[0]) <= 1e-4
+        assert worst(got[1:], want[1:]) <= 1e-3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_in_float64_on_the_reference(family):
+    model = built(family).double()
+    x = image(*FAMILIES[family][1][0], dtype=torch.float64)
+    with use_backend("reference"):
+        want, got = step(model, x), step(accelerate(model, copy=True), x)
+    assert relative_l2(got[0], want[0]) <= 1e-10 and worst(got[1:], want[1:]) <= 1e-10
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_restore_gives_the_same_bits(family):
+    model = built(family)
+    x = image(*FAMILIES[family][1][0])
+    with torch.no_grad():
+        before = result(model, x)
+        assert torch.equal(result(restore(accelerate(copy.deepcopy(model))), x), before)
+
+
+@pytest.mark.parametrize(("family", "cut"), [("depth_anything", "depth-anything"), ("depth_pro", "depth-pro")])
+def test_a_decoder_of_a_network_computes_what_the_network_does(family, cut):
+    """The benchmark's cut: the decoder alone, from the maps of one run."""
+    model = built(family)
+    x = image(*FAMILIES[family][1][0])
+    decoder = depth_models.Decoder(model, depth_models.FAMILIES[cut].decoder, x)
+    with torch.no_grad():
+        assert torch.equal(decoder(*decoder.inputs), result(model, x))

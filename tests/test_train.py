@@ -1,0 +1,449 @@
+"""Training runs: one process or two, killed and resumed, on a full disk; what they write, what they refuse."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import os
+import random
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("torchvision")
+pytest.importorskip("timm")
+
+from safetensors.torch import load_file
+
+from refinenet_fast import RefineNet
+from refinenet_fast.training import checkpoint, clock
+from refinenet_fast.training.files import BadInput, read_json
+from refinenet_fast.training.loop import train
+from refinenet_fast.training.model_file import Description, load_model, save_model
+from refinenet_fast.training.samples import write_samples
+from refinenet_fast.training.settings import TrainSettings
+from training_runs import processes, samples, settings, train_quietly, train_with_little_room
+
+KILLS = int(os.environ.get("REFINENET_FAST_KILLS", "6"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return samples(tmp_path_factory.mktemp("data") / "samples")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(one_thread):
+    """The networks are tiny."""
+
+
+def log(run: Path) -> list[dict[str, str]]:
+    with (run / "log.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def losses(run: Path) -> list[float]:
+    return [float(row["loss"]) for row in log(run) if row["loss"]]
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.iterdir())
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    ours, theirs = load_file(one / "last.safetensors"), load_file(other / "last.safetensors")
+    assert ours.keys() == theirs.keys()
+    for key, value in ours.items():
+        assert torch.equal(value, theirs[key]), key
+
+
+# -- what a run does ----------------------------------------------------------------------------------------------
+
+
+def test_a_run_and_what_it_leaves(data, tmp_path):
+    said: list[str] = []
+    train(settings(data), tmp_path / "run", say=said.append)
+    text = "\n".join(said)
+    for expected in ("train: 5 images of 64x48 (5)", "classes: 5: ground", "million parameters", "backend cpu", "GiB"):
+        assert expected in text
+    rows = log(tmp_path / "run")
+    assert [row["step"] for row in rows if row["loss"]] == ["1", "2", "3", "4", "5", "6"]
+    assert [row["epoch"] for row in rows if row["miou"]] == ["1", "2"]
+    assert names(tmp_path / "run" / "previews") == ["epoch-0001.png", "epoch-0002.png"]
+    assert names(tmp_path / "run" / "checkpoints") == ["step-00000003.pt", "step-00000006.pt"]
+    model, description = load_model(tmp_path / "run")
+    assert not model.training and description.class_names == ["ground", "disc", "square", "triangle", "bar"]
+    assert TrainSettings.from_json(read_json(tmp_path / "run" / "settings.json")) == settings(data)
+
+
+def test_it_learns(data, tmp_path):
+    train(
+        settings(data, epochs=25, batch=5, dropout=0.0, trunk_scale=1.0, optimizer="adamw", lr=2e-3), tmp_path / "run"
+    )
+    found = losses(tmp_path / "run")
+    assert sum(found[-5:]) / 5 < 0.6 * found[0], found
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"precision": "bfloat16"},
+        {"precision": "float16", "optimizer": "adamw", "lr": 1e-3},
+        {"ema": 0.5, "accumulate": 2, "class_weights": "balanced", "colour": 0.3},
+        {"freeze_bn": True, "save_every": 1, "workers": 1, "val_scale": 0.5},
+        {"val_split": "", "num_classes": 5, "scan": False},
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_options(data, tmp_path, options):
+    train(settings(data, epochs=1, **options), tmp_path / "run")
+    assert len(losses(tmp_path / "run")) == 3
+    assert (tmp_path / "run" / "best.safetensors").exists()
+
+
+def test_the_moving_average_is_what_is_kept(data, tmp_path):
+    for name, ema in (("plain", 0.0), ("frozen", 1.0)):
+        train(settings(data, epochs=1, val_split="", ema=ema), tmp_path / name)
+    plain, frozen = (load_file(tmp_path / name / "last.safetensors") for name in ("plain", "frozen"))
+    state = checkpoint.load_newest(tmp_path / "frozen" / "checkpoints", print)
+    assert all(torch.equal(value, state["model"][key]) for key, value in plain.items())
+    assert not torch.equal(plain["classifier.weight"], frozen["classifier.weight"])
+
+
+def test_accumulation_changes_nothing(data, tmp_path):
+    """With batch norm frozen and no dropout, parts of a step add up to the whole."""
+    for name, accumulate in (("whole", 1), ("parts", 3)):
+        wanted = settings(data, batch=4, freeze_bn=True, dropout=0.0, precision="float64", accumulate=accumulate)
+        train(wanted, tmp_path / name)
+    assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), rel=1e-10)
+
+
+def test_compiled(data, tmp_path, monkeypatch):
+    """That compiled networks learn, tests/test_training.py shows; here, that it is the one that runs."""
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
+    train(settings(data, epochs=1, val_split="", compile=True), tmp_path / "run")
+    assert len(compiled) == 1
+
+
+def test_tensorboard_has_what_the_log_has(data, tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    train(settings(data, tensorboard=True), tmp_path / "run")
+    found = events.EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    logged = losses(tmp_path / "run")
+    assert [event.value for event in found.Scalars("loss")] == pytest.approx(logged)
+    assert [event.step for event in found.Scalars("loss")] == list(range(1, 1 + len(logged)))
+    assert [event.step for event in found.Scalars("miou")] == [3, 6]
+    assert len(found.Images("input, truth, prediction")) == 2
+
+
+def test_without_tensorboard_it_says_what_to_install(data, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with pytest.raises(BadInput, match=r"pip install 'refinenet_fast\[tensorboard\]'"):
+        train(settings(data, tensorboard=True), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_keep_up(tmp_path, monkeypatch):
+    """At the default number of workers: of images of 360x480, a step waits for data under 5 percent of its time."""
+    torch.set_num_threads(os.cpu_count() or 1)
+    write_samples(tmp_path / "samples", 16, 1, (360, 480))
+    wanted = settings(
+        tmp_path / "samples", trunk="resnet18", width=32, crop=(256, 256), batch=4, workers=None, colour=0.3, epochs=3
+    )
+    said: list[str] = []
+    train(wanted, tmp_path / "run", say=said.append)
+    rows = [row for row in log(tmp_path / "run") if row["seconds"]][1:]  # while the first batch is made, workers start
+    share = sum(float(row["waited"]) for row in rows) / sum(float(row["seconds"]) for row in rows)
+    assert share < 0.05
+    (line,) = [line for line in said if "waiting for data" in line]
+    assert float(re.search(r"([\d.]+) % of them", line)[1]) == pytest.approx(100 * share, abs=1)
+
+
+def test_a_clock_tells_waiting_from_working(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(clock.time, "perf_counter", lambda: now[0])
+
+    def slowly(waits: list[float]) -> Iterator[float]:
+        for seconds in waits:
+            now[0] += seconds
+            yield seconds
+
+    counted, laps = clock.Clock(), []
+    for _ in counted.waiting(slowly([8.0, 1.0, 2.0])):
+        now[0] += 4.0
+        with counted.paused():
+            now[0] += 100.0
+        laps.append(counted.lap())
+    assert laps == [(12.0, 8.0), (5.0, 1.0), (6.0, 2.0)]
+    assert (counted.seconds, counted.waited, counted.share) == (15.0, 3.0, 0.2)  # without the first batch
+    assert counted.summary() == "trained for 15.0 s, 20.0 % of them waiting for data; more --workers may help"
+
+
+# -- several ranks ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
+def test_two_ranks_are_one_process_with_the_whole_batch(data, tmp_path):
+    """20 steps in float64, an odd image left for one rank in the last batch of each epoch; metrics are summed, too."""
+    options = {"epochs": 7, "batch": 2, "dropout": 0.0, "freeze_bn": True, "precision": "float64"}
+    wanted = settings(data, **options)  # 5 images in batches of 2, 2, 1
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "REFINENET_FAST_BACKEND": "reference"}
+    alone = processes().Process(target=train_quietly, args=(wanted, tmp_path / "one", False, environment))
+    ranks = []
+    for rank in ("0", "1"):
+        own = environment | {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
+        ranks.append(processes().Process(target=train_quietly, args=(wanted, tmp_path / "two", False, own)))
+    for process in (alone, *ranks):
+        process.start()
+    for process in (alone, *ranks):
+        process.join(240)
+        assert process.exitcode == 0
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert len(one) == 21 and one[0] != one[-1]
+    assert two == pytest.approx(one, rel=0, abs=1e-8)
+    scored = [[row["pixel_accuracy"] for row in log(tmp_path / n) if row["miou"]] for n in ("one", "two")]
+    assert scored[0] == scored[1] and len(scored[0]) == 7
+
+
+# -- interruptions ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(data, tmp_path_factory) -> tuple[TrainSettings, Path, float]:
+    """A run that nothing stops, and how long it takes; dropout, live batch norm and a moving average are on."""
+    wanted = settings(data, epochs=3, save_every=1, ema=0.9)
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    warm = processes().Process(target=int)  # everything is imported once
+    warm.start()
+    warm.join()
+    began = time.perf_counter()
+    process = processes().Process(target=train_quietly, args=(wanted, out))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    return wanted, out, time.perf_counter() - began
+
+
+@pytest.mark.parametrize("number", range(KILLS))
+def test_killed_at_a_random_moment_it_resumes_to_the_same_bits(uninterrupted, tmp_path, number):
+    """6 moments; REFINENET_FAST_KILLS=20 takes 20."""
+    wanted, whole, seconds = uninterrupted
+    process = processes().Process(target=train_quietly, args=(wanted, tmp_path / "run"))
+    process.start()
+    time.sleep(seconds * (number + random.random()) / KILLS)
+    process.kill()  # SIGKILL, if it still runs
+    process.join()
+    for file in (tmp_path / "run" / "checkpoints").glob("*.pt"):
+        assert torch.load(file, weights_only=True)["step"] > 0
+    again = processes().Process(target=train_quietly, args=(wanted, tmp_path / "run", True))
+    again.start()
+    again.join()
+    assert again.exitcode == 0 and not list(tmp_path.rglob("*.partial"))
+    assert_same_weights(tmp_path / "run", whole)
+    assert losses(tmp_path / "run") == losses(whole)
+
+
+@pytest.mark.parametrize("saves", [0, 2])
+def test_stopped_before_it_saves_it_resumes_from_the_save_before(data, tmp_path, monkeypatch, saves):
+    """In one process, by an error: faster than a kill, and always at the same place."""
+    wanted = settings(data, epochs=3, save_every=2)
+    train(wanted, tmp_path / "whole")
+    saved, done = checkpoint.save, []
+
+    def save_or_stop(folder: Path, step: int, state: dict) -> Path:
+        if len(done) == saves:
+            raise KeyboardInterrupt
+        done.append(step)
+        return saved(folder, step, state)
+
+    monkeypatch.setattr(checkpoint, "save", save_or_stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(wanted, tmp_path / "run")
+    monkeypatch.setattr(checkpoint, "save", saved)
+    said: list[str] = []
+    train(wanted, tmp_path / "run", resume=True, say=said.append)
+    assert ("resumed after step 3 of 9" in said) == (saves == 2)
+    assert_same_weights(tmp_path / "run", tmp_path / "whole")
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+def test_a_damaged_checkpoint_is_passed_over(data, tmp_path):
+    wanted = settings(data)
+    train(wanted, tmp_path / "run")
+    kept = load_file(tmp_path / "run" / "last.safetensors")
+    newest = tmp_path / "run" / "checkpoints" / "step-00000006.pt"
+    newest.write_bytes(newest.read_bytes()[:1000])
+    said: list[str] = []
+    train(wanted, tmp_path / "run", resume=True, say=said.append)
+    assert any("step-00000006.pt: expected a checkpoint" in line for line in said)
+    assert "resumed after step 3 of 6" in said
+    assert all(torch.equal(v, kept[k]) for k, v in load_file(tmp_path / "run" / "last.safetensors").items())
+    for file in newest.parent.iterdir():
+        file.write_bytes(b"")
+    with pytest.raises(BadInput, match=r"step-00000003\.pt: expected a checkpoint"):
+        train(wanted, tmp_path / "run", resume=True)
+
+
+def test_a_checkpoint_runs_no_code(tmp_path):
+    class Attack:
+        def __reduce__(self) -> tuple:
+            return os.mkdir, (str(tmp_path / "attacked"),)
+
+    torch.save({"step": 1, "model": Attack()}, tmp_path / "step-00000001.pt")
+    with pytest.raises(BadInput):
+        checkpoint.load_newest(tmp_path, print)
+    assert not (tmp_path / "attacked").exists()
+
+
+def test_a_full_disk_stops_the_run_and_the_last_checkpoint_loads(data, tmp_path, monkeypatch):
+    import errno
+
+    wanted, saves = settings(data), []
+    synced = os.fsync
+
+    def full_after_a_while(descriptor: int) -> None:
+        saves.append(descriptor)
+        if len(saves) > 9:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        synced(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full_after_a_while)
+    with pytest.raises(BadInput, match="cannot be written: the disk is full"):
+        train(wanted, tmp_path / "run")
+    monkeypatch.setattr(os, "fsync", synced)
+    assert checkpoint.load_newest(tmp_path / "run" / "checkpoints", print)["step"] == 3
+    assert not list(tmp_path.rglob("*.partial"))
+    train(wanted, tmp_path / "run", resume=True)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own, of 10 MB (a checkpoint has 3.5), and what gives it more; where none may be mounted, a
+    folder and None."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(options: str) -> bool:
+        words = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+        return shutil.which("mount") is not None and subprocess.run(words, capture_output=True).returncode == 0
+
+    mounted = mount("size=10m")
+    yield folder, (lambda: mount("remount,size=64m")) if mounted else None
+    if mounted:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs tmpfs, or a limit on the size of files")
+def test_a_disk_that_is_really_full(data, small_disk, tmp_path):
+    """The run says so in one line, the last good checkpoint loads, and with room again it ends at the same bits.
+
+    Where nothing may be mounted: files that may not become as large as a checkpoint, from the third one on.
+    """
+    folder, grow = small_disk
+    wanted = settings(data, epochs=3, save_every=1)
+    arguments = (wanted, folder / "run", None if grow else 1 << 20, tmp_path / "said")
+    process = processes().Process(target=train_with_little_room, args=arguments)
+    process.start()
+    process.join()
+    said = (tmp_path / "said").read_text()
+    assert ("cannot be written: the disk is full" if grow else "cannot be written: File too large") in said
+    assert process.exitcode == 0 and "\n" not in said and not list(folder.rglob("*.partial"))
+    assert checkpoint.load_newest(folder / "run" / "checkpoints", print)["step"] == 2
+    assert grow is None or grow()
+    train(wanted, folder / "run", resume=True)
+    train(wanted, tmp_path / "whole")
+    assert_same_weights(folder / "run", tmp_path / "whole")
+
+
+def test_every_random_state_comes_back():
+    import numpy as np
+
+    def draw() -> tuple:
+        return random.random(), np.random.rand(), np.random.randn(), torch.rand(()).item()
+
+    np.random.randn()  # leaves the second of a pair behind
+    state = checkpoint.random_state()
+    first = draw()
+    checkpoint.set_random_state(state)
+    assert draw() == first
+
+
+# -- what is refused ----------------------------------------------------------------------------------------------
+
+
+def test_a_folder_that_holds_a_run_needs_a_word(data, tmp_path):
+    wanted = settings(data, epochs=1)
+    train(wanted, tmp_path / "run")
+    before = {f: f.read_bytes() for f in (tmp_path / "run").rglob("*") if f.is_file()}
+    with pytest.raises(BadInput, match="holds a run; --resume goes on with it, --overwrite replaces it"):
+        train(wanted, tmp_path / "run")
+    with pytest.raises(BadInput, match=r"lr: expected 0.005, as the run in .* has, got 1.0"):
+        train(dataclasses.replace(wanted, lr=1.0), tmp_path / "run", resume=True)
+    with pytest.raises(BadInput, match=r"there is none"):
+        train(settings(tmp_path / "no-data"), tmp_path / "run", overwrite=True)
+    assert before == {f: f.read_bytes() for f in (tmp_path / "run").rglob("*") if f.is_file()}
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    train(dataclasses.replace(wanted, epochs=1, lr=0.01), tmp_path / "run", overwrite=True)
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+
+
+def test_weights_of_another_network_are_named(data, tmp_path):
+    arguments = {"trunk": "test_resnet", "width": 16, "deep_width": 16, "crp_stages": 4}
+    model = RefineNet(5, **arguments)
+    save_model(tmp_path / "other.safetensors", model, Description(arguments, list("abcde"), [0.5] * 3, [0.5] * 3))
+    with pytest.raises(BadInput, match=r"\d+ keys that differ: .*weight is \(16, .*, expected \(8, ") as error:
+        train(settings(data, weights=tmp_path / "other.safetensors"), tmp_path / "run")
+    assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+    with pytest.raises(BadInput, match=r"num_classes: expected 5, as .* has, got 7"):
+        load_model(tmp_path / "other.safetensors", num_classes=7)
+    (tmp_path / "other.safetensors").write_bytes(b"nothing")
+    with pytest.raises(BadInput, match="expected a model file that"):
+        load_model(tmp_path / "other.safetensors")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path):
+    with pytest.raises(BadInput, match=r"step \d+: expected a finite loss, got (nan|inf); a lower --lr may help"):
+        train(settings(data, lr=1e30, epochs=4), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"lr": -1.0}, "lr: expected more than 0, got -1.0"),
+        ({"batch": 0}, "batch: expected 1 or more, got 0"),
+        ({"optimizer": "lion"}, "optimizer: expected one of sgd, adamw, got 'lion'"),
+        ({"scales": (2.0, 1.0)}, r"scales: expected two positive factors, the smaller first, got \(2.0, 1.0\)"),
+        ({"crop": (32, 32)}, "crop: expected more than 32 pixels where batch norm is not frozen, got"),
+        ({"device": "abacus"}, "device: expected auto, cpu, cuda or cuda:<n>, got 'abacus'"),
+        ({"trunk": "resnet19"}, "trunk: expected the name of a timm model, got 'resnet19'; similar names"),
+        ({"num_classes": 3}, "num_classes: expected 5, as many as the data set names, got 3"),
+        ({"class_weights": "balanced", "scan": False}, "class_weights: expected none where masks are not scanned"),
+    ],
+)
+def test_settings_that_cannot_be(data, tmp_path, options, message):
+    with pytest.raises(BadInput, match=message) as error:
+        train(settings(data, **options), tmp_path / "run")
+    assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+
+
+def test_without_a_scan_a_wrong_value_is_named_when_it_is_read(tmp_path):
+    import numpy as np
+    from PIL import Image
+
+    data = samples(tmp_path / "samples", train=2, val=1)
+    mask = data / "masks" / "train" / "001.png"
+    Image.fromarray(np.full_like(np.array(Image.open(mask)), 200)).save(mask)
+    with pytest.raises(BadInput, match=r"001\.png: expected classes 0 to 4, or 255 where unlabelled, got 200"):
+        train(settings(data, scan=False, workers=1), tmp_path / "run")
