@@ -49,7 +49,7 @@ class Cuda(Native):
         "more than 2^31 - 128 pixels, weights or blocks: the vendor's convolution",
         f"a pool before more than {POOLED_CHANNELS} output channels: a kernel of its own",
     )
-    # Pixels and channels of a block of the convolutions: 128 or 64; after a pool and on sm_90a, channels alone: 256, ...
+    # Pixels and channels of a block of the convolutions: 128 or 64; after a pool and on sm_90a channels alone, 256 too
     tile = 0  # 0: by the sizes
     sm80_loop = False  # of 16-bit convolutions on Hopper too, for comparing
 

@@ -1,4 +1,4 @@
-"""Launches of the CUDA backend's products: the host code of csrc/cuda/{conv3x3,conv3x3_sm90,pool_conv3x3,weight_grad}.cu.
+"""Launches of the CUDA products: host code of csrc/cuda/{conv3x3,conv3x3_sm90,pool_conv3x3,weight_grad}.cu.
 
 What they are made of, tiles, blocks and shared memory, comes from ``csrc/cuda/plan.h`` and ``plan_sm90.h`` themselves.
 """
