@@ -122,11 +122,13 @@ def check_grads(
     """Error and limit (by default the dtype's), the worse of the weight's and of the bias's gradient."""
     n, c, h, w = shape
     data, size = Data(dtype, device), 3 if taps == 9 else 1
-    x, gy, weight, bias = data(*shape), data(n, k, h, w, salt=1), data.weight(k, c, size, salt=2), data(k, salt=3)
+    x, weight, bias = data(*shape), data.weight(k, c, size, salt=2), data(k, salt=3)
+    gy = Data(dtype, device, integers=True)(n, k, h, w, salt=1)  # whose sums are exact
     weight = weight.contiguous() if contiguous else weight
     with poisoned():
         gw, gb = kernels.parameter_grads(x, gy, weight, bias, WayIn(relu_in))
     assert gw.stride() == weight.stride() and gw.dtype == weight.dtype
+    assert torch.equal(gb, gy.double().sum((0, 2, 3)).to(gb.dtype))
 
     def plain(w: Tensor, b: Tensor) -> Tensor:
         own = x.to(w.dtype)
