@@ -15,7 +15,10 @@ from triton_cases import check_conv, check_grads
 
 pytestmark = pytest.mark.skipif(not nvcc() or not CSRC.exists(), reason="needs an nvcc, and the sources")
 CONV, POOL, GRAD, SM90 = (f"cuda/{name}.cu" for name in ("conv3x3", "pool_conv3x3", "weight_grad", "conv3x3_sm90"))
-TILE, POOLED, RING, INDEX, WAY_OUT = (f"cuda/{name}.h" for name in ("tile", "pooled_tile", "ring", "index", "way_out"))
+TILE, POOLED, RING, INDEX, WAY_OUT, SM90_OUT = (
+    f"cuda/{name}.h" for name in ("tile", "pooled_tile", "ring", "index", "way_out", "way_out_sm90")
+)
+MAP = "const __grid_constant__ CUtensorMap"
 # In place of what chooses among all the instances: the ones that are run here.
 INSTANCES = {
     CONV: "template __global__ void conv_kernel<BFloat16, Rectified, CopyChunks, kSmall>(Request);\n",
@@ -23,8 +26,8 @@ INSTANCES = {
     GRAD: "template __global__ void grad_kernel<BFloat16, Rectified, CopyChunks, kSmall>(Request);\n"
     "template __global__ void sum_kernel<__nv_bfloat16>(Request);\n",
     SM90: "".join(
-        f"template __global__ void wgmma_kernel<BFloat16, {way_in}, 64>(const __grid_constant__ CUtensorMap, "
-        "const __grid_constant__ CUtensorMap, const __grid_constant__ PackedConvolution);\n"
+        f"template __global__ void wgmma_kernel<BFloat16, {way_in}, 64>({MAP}, {MAP}, {MAP}, {MAP}, "
+        "const __grid_constant__ PackedConvolution);\n"
         for way_in in ("Rectified", "Unchanged")
     )
     + "}\n",
@@ -118,13 +121,11 @@ MUTANTS = (
            "exited"),
     Mutant("sm90_upper_border", SM90, SM90, "first.row - radius, first.image", "first.row - radius + 1, first.image",
            "result"),
-    Mutant("sm90_stores_beyond_the_row", SM90, SM90, "at.column >= w", "at.column > w",
+    Mutant("sm90_stores_beyond_the_row", SM90, SM90_OUT, "at.column >= w", "at.column > w",
            "out of bounds|race|result|different values"),
     Mutant("sm90_same_row_for_every_tap", SM90, SM90, "(group_ * kGroupRows + dy)", "(group_ * kGroupRows)", "result"),
     Mutant("sm90_reads_unturned_chunks", SM90, SM90, "((i * 2 + lane / 16) ^ pixel % 8)", "(i * 2 + lane / 16)",
            "result"),
-    Mutant("sm90_rows_read_at_once", SM90, SM90, "__syncwarp();  // rows are read", "// rows are read", "race"),
-    Mutant("sm90_slice_not_awaited_read", SM90, SM90, "__syncwarp();  // the slice has been read", "", "race"),
     Mutant("everyone_sums_the_bias", GRAD, GRAD, "p.gb ? part.share : -1", "p.gb ? 0 : -1", "result"),
     Mutant("shares_of_the_bias_left_out", GRAD, GRAD, "request.splits * request.shares, p.k", "request.splits, p.k",
            "result"),
@@ -136,6 +137,24 @@ MUTANTS = (
     Mutant("windows_of_four", POOL, POOL, "one[i + 4]", "one[i + 3]", "result"),
     Mutant("pooled_border", POOL, POOL, "if (!real) return {0, 0};", "", "result"),
     Mutant("rows_of_the_next_tap", POOL, POOLED, "tap % kSide);", "(tap + 1) % kSide);", "result"),
+    Mutant("sm90_rows_read_at_once", SM90, SM90_OUT, "__syncwarp();  // rows are read", "// rows are read", "race"),
+    Mutant("sm90_slice_not_awaited_read", SM90, SM90_OUT, "__syncwarp();  // the slice has been read", "", "race"),
+    Mutant("sm90_no_proxy_fence_before_a_store", SM90, SM90_OUT, "ptx::fence_proxy_async();", "", "proxy fence"),
+    Mutant("sm90_buffer_not_awaited", SM90, SM90_OUT, "if (lane == 0) ptx::bulk_wait_read<1>();", "", "race|in flight"),
+    Mutant("sm90_waits_for_another_buffer", SM90, SM90_OUT, "bulk_wait_read<1>", "bulk_wait_read<2>", "race|in flight"),
+    Mutant("sm90_buffer_awaited_by_one_lane", SM90, SM90_OUT,
+           "__syncwarp();  // the store before", "// the store before", "race|in flight"),
+    Mutant("sm90_stores_what_others_write", SM90, SM90_OUT, "__syncwarp();  // all lanes have written",
+           "// all lanes have written", "race|proxy fence|uninitialised"),
+    Mutant("sm90_stores_not_committed", SM90, SM90_OUT, "ptx::bulk_commit();", "", "race|in flight"),
+    Mutant("sm90_last_stores_not_awaited", SM90, SM90_OUT,
+           "if (plain_ && threadIdx.x % 32 == 0) ptx::bulk_wait_read<0>();", "", "in flight"),
+    Mutant("sm90_unturned_chunks_stored", SM90, SM90_OUT, "buffer + narrow_chunk(lane % 16, i * 2 + lane / 16)",
+           "buffer + lane % 16 * 64 + (i * 2 + lane / 16) * 16", "result"),
+    Mutant("sm90_bias_of_the_next_channels", SM90, SM90_OUT, "channel = first + n * 8;", "channel = first + n * 8 + 2;",
+           "result|out of bounds"),
+    Mutant("sm90_bias_beyond_the_channels", SM90, SM90_OUT, "channel < k ? p.out.bias", "true ? p.out.bias",
+           "out of bounds"),
     Mutant("odd_pitch", CONV, INDEX, "return tile + 8;", "return tile + 5;", "not aligned"),
 )  # fmt: skip
 

@@ -11,18 +11,16 @@
 // all bytes then; each of a cluster's two blocks, which take different pixels and the same output channels, loads half
 // of every tile for both.
 #include <type_traits>
+#include <utility>
 
 #include "cuda/arithmetic.h"
 #include "cuda/kernels.h"
 #include "cuda/plan_sm90.h"
 #include "cuda/ptx/cluster.h"
-#include "cuda/ptx/cp_async.h"
 #include "cuda/ptx/mbarrier.h"
-#include "cuda/ptx/shared_memory.h"
-#include "cuda/ptx/tensor_copy.h"
 #include "cuda/ptx/wgmma.h"
 #include "cuda/tensor_map.h"
-#include "cuda/way_out.h"
+#include "cuda/way_out_sm90.h"
 
 namespace refinenet_fast::cuda {
 namespace sm90 {
@@ -227,57 +225,6 @@ class Consumer {
   int group_;
 };
 
-// ---- The way out ----------------------------------------------------------------------------------------------------
-
-// A warp's sums of 32 output channels as [16, pitch_of(32)] in shared memory.
-__device__ __forceinline__ void spread(const float* sum, float* slice) {
-  const int lane = threadIdx.x % 32;
-  float* pair = slice + lane / 4 * pitch_of(kOutSlice) + lane % 4 * 2;
-#pragma unroll
-  for (int n = 0; n < kOutSlice / 8; ++n) {
-    *reinterpret_cast<float2*>(pair + n * 8) = make_float2(sum[n * 4], sum[n * 4 + 1]);
-    *reinterpret_cast<float2*>(pair + n * 8 + 8 * pitch_of(kOutSlice)) = make_float2(sum[n * 4 + 2], sum[n * 4 + 3]);
-  }
-}
-
-// The way out of those 32, whole chunks at a time; `first` is the warp's first pixel.
-template <class T>
-__device__ __forceinline__ void write(const PackedConvolution& p, const float* slice, const Pixel& first, int32_t out) {
-  constexpr int kLanes = kChunkBytes / sizeof(T), kChunks = kOutSlice / kLanes;
-  const int32_t k = p.k, h = p.shape.h, w = p.shape.w;
-#pragma unroll
-  for (int item = threadIdx.x % 32; item < kWarpPixels * kChunks; item += 32) {
-    const int row = item / kChunks, column = item % kChunks * kLanes;
-    const Pixel at{first.image, first.row + row / kTileColumns, first.column + row % kTileColumns};
-    const int32_t channel = out + column;
-    if (at.image >= p.shape.n || at.row >= h || at.column >= w || channel >= k) continue;
-    float value[kLanes];
-#pragma unroll
-    for (int i = 0; i < kLanes; ++i) value[i] = slice[row * pitch_of(kOutSlice) + column + i];
-    const int64_t pixel = (int64_t{at.image} * h + at.row) * w + at.column;
-    Spot<T, kLanes> spot{value, at, pixel * k + channel, channel, k};
-    AllSteps::apply(p.out, spot);
-  }
-}
-
-// All of a warp's sums, through its own part of shared memory: no other warp has to wait.
-template <class T, int kOuts>
-__device__ __forceinline__ void write_tile(const PackedConvolution& p, const float (&sum)[kOuts / 2], float* slice,
-                                           const Pixel& first, int32_t out) {
-  constexpr int kSums = kOutSlice / 2;  // of a thread in a slice
-#pragma unroll 1
-  for (int s = 0; s < kOuts / kOutSlice && out + s * kOutSlice < p.k; ++s) {
-    // Registers have no address: the slice is picked by a branch, so that the steps are there once.
-#pragma unroll
-    for (int picked = 0; picked < kOuts / kOutSlice; ++picked) {
-      if (picked == s) spread(sum + picked * kSums, slice);
-    }
-    __syncwarp();  // rows are read by other lanes than wrote them
-    write<T>(p, slice, first, out + s * kOutSlice);
-    __syncwarp();  // the slice has been read
-  }
-}
-
 // ---- The kernel -----------------------------------------------------------------------------------------------------
 
 template <int kOuts>
@@ -302,6 +249,8 @@ template <class Math, class In, int kOuts>
 __global__ void __launch_bounds__(kBlockThreads, 1)
     wgmma_kernel(const __grid_constant__ CUtensorMap x /* [N, H, W, C] */,
                  const __grid_constant__ CUtensorMap weights /* [TAPS, K, C] */,
+                 const __grid_constant__ CUtensorMap y /* [N, H, W, K] */,
+                 const __grid_constant__ CUtensorMap relued /* [N, H, W, K] */,
                  const __grid_constant__ PackedConvolution p) {
   extern __shared__ unsigned char dynamic[];
   const uint32_t start = ptx::shared_address(dynamic), base = (start + kAtomBytes - 1) / kAtomBytes * kAtomBytes;
@@ -326,21 +275,20 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
   } else {
     ptx::take_registers<232>();
     Consumer<Math, In, kOuts> consumer(shared, group);
-    const int warp = threadIdx.x / 32;
-    constexpr int kWarpFloats = kWarpPixels * pitch_of(kOutSlice);
-    float* slice = reinterpret_cast<float*>(dynamic + (shared.way_out() - start)) + warp * kWarpFloats;
+    const uint32_t own = shared.way_out() + __shfl_sync(0xffffffff, threadIdx.x / 32, 0) * kWarpBytes;
+    WarpOut<typename Math::Element, kOuts> out(p, y, relued, own, dynamic + (own - start));
     while (tiles.take()) {
       consumer.multiply(slices * side, side);
-      const Pixel first{tiles.first.image, tiles.first.row + warp * (kWarpPixels / kTileColumns), tiles.first.column};
-      write_tile<typename Math::Element, kOuts>(p, consumer.sum, slice, first, tiles.out);
+      out.write(tiles.first, tiles.out, consumer.sum);
     }
+    out.finish();
   }
   // The other block's consumers arrive at this one's barriers to the end: its shared memory must not go before. (What
   // the other one loads into it has arrived, because this one's consumers have waited for all of it.)
   ptx::cluster_sync();
 }
 
-using Kernel = void (*)(CUtensorMap, CUtensorMap, PackedConvolution);
+using Kernel = void (*)(CUtensorMap, CUtensorMap, CUtensorMap, CUtensorMap, PackedConvolution);
 
 template <class Math, class In>
 Kernel kernel_of(int outs) {
@@ -353,12 +301,25 @@ Kernel kernel_of(const PackedConvolution& p, int outs) {
   return p.relu_in ? kernel_of<Math, Rectified>(outs) : kernel_of<Math, Unchanged>(outs);
 }
 
-cudaError_t encode_maps(const PackedConvolution& p, int outs, CUtensorMap* x, CUtensorMap* weights) {
+struct Maps {
+  CUtensorMap x, weights, y, relued;
+};
+
+cudaError_t encode_maps(const PackedConvolution& p, int outs, Maps* maps) {
   const Shape& s = p.shape;
+  const int64_t taps = int64_t{p.side} * p.side;
   const int rows = kTileRows + p.side / 2 * 2;
-  const cudaError_t error = encode_map<4>(x, p.dtype, p.x, {s.c, s.w, s.h, s.n}, {kSlice, kTileColumns, rows, 1});
+  cudaError_t error = encode_map<4>(&maps->x, p.dtype, p.x, {s.c, s.w, s.h, s.n}, {kSlice, kTileColumns, rows, 1});
   if (error != cudaSuccess) return error;
-  return encode_map<3>(weights, p.dtype, p.weights, {s.c, p.k, int64_t{p.side} * p.side}, {kSlice, outs / kCluster, 1});
+  error = encode_map<3>(&maps->weights, p.dtype, p.weights, {s.c, p.k, taps}, {kSlice, outs / kCluster, 1});
+  if (error != cudaSuccess || !is_plain(p.out)) return error;
+  for (const auto& [map, tensor] : {std::pair(&maps->y, p.out.y), std::pair(&maps->relued, p.out.relued)}) {
+    if (!tensor) continue;
+    error = encode_map<4>(map, p.dtype, tensor, {p.k, s.w, s.h, s.n},
+                          {kOutSlice, kTileColumns, kWarpPixels / kTileColumns, 1});
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
 }
 
 }  // namespace
@@ -368,8 +329,8 @@ int conv3x3(const PackedConvolution& p, int processors, int device, void* stream
   if (!chosen.outs) return cudaErrorInvalidValue;
   const OnDevice on(device);
   if (on.error() != cudaSuccess) return on.error();
-  CUtensorMap x, weights;
-  cudaError_t error = encode_maps(p, chosen.outs, &x, &weights);
+  Maps maps{};
+  cudaError_t error = encode_maps(p, chosen.outs, &maps);
   if (error != cudaSuccess) return error;
   const Kernel kernel =
       p.dtype == DType::kBFloat16 ? kernel_of<BFloat16>(p, chosen.outs) : kernel_of<Float16>(p, chosen.outs);
@@ -386,7 +347,7 @@ int conv3x3(const PackedConvolution& p, int processors, int device, void* stream
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = &cluster;
   config.numAttrs = 1;
-  error = cudaLaunchKernelEx(&config, kernel, x, weights, p);
+  error = cudaLaunchKernelEx(&config, kernel, maps.x, maps.weights, maps.y, maps.relued, p);
   return error == cudaSuccess ? cudaGetLastError() : error;
 }
 

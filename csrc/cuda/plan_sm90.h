@@ -18,7 +18,11 @@ constexpr int kBoxBytes = (kTileRows + 2) * kAtomBytes;  // 18,432: pixels of on
 
 // The way out goes through shared memory by warps, 16 pixels x 32 output channels of float32 at a time.
 constexpr int kOutSlice = 32, kWarpPixels = 16;
-constexpr int kOutBytes = kConsumers * 4 * kWarpPixels * pitch_of(kOutSlice) * static_cast<int>(sizeof(float));
+constexpr int kWarpBytes = kWarpPixels * pitch_of(kOutSlice) * static_cast<int>(sizeof(float));
+constexpr int kOutBytes = kConsumers * 4 * kWarpBytes;
+
+// Whether a way out reads no other map: what it adds is in registers, and TMA stores the rest.
+REFINENET_FAST_BOTH constexpr bool is_plain(const WayOut& out) { return !out.select && !out.low && out.adds == 0; }
 
 constexpr int kMostShared = 232448;  // of a block
 

@@ -32,8 +32,8 @@ inline EncodeTiled encode_tiled() {
   return found;
 }
 
-// Of a dense tensor of 16-bit elements, innermost dimension first, in boxes whose rows of 64 elements lie swizzled by
-// 128 bytes. Outside it reads as zero.
+// Of a dense tensor of 16-bit elements, innermost dimension first, in boxes whose rows are 64 or 32 elements and lie
+// swizzled by as many bytes. Outside it reads as zero.
 template <int kRank>
 cudaError_t encode_map(CUtensorMap* map, DType dtype, const void* tensor, const int64_t (&sizes)[kRank],
                        const int (&box)[kRank]) {
@@ -48,9 +48,10 @@ cudaError_t encode_map(CUtensorMap* map, DType dtype, const void* tensor, const 
     strides[i] = bytes *= extents[i];  // of the next dimension; the last one is not read
   }
   const auto type = dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  const auto swizzle = box[0] == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
   const CUresult done =
       encode(map, type, kRank, const_cast<void*>(tensor), extents, strides, boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+             swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return done == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 

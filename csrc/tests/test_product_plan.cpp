@@ -137,6 +137,9 @@ void convolution_plans_of_sm90a() {
   check(outs(p) == 256, "float16");
   p.sm80_loop = true;
   check(outs(p) == 0, "the other loop was asked for");
+  check(sm90::is_plain(p.out), "nothing but a result");
+  p.out.adds = 1;
+  check(!sm90::is_plain(p.out), "a sum");
   check(outs(convolution({int64_t{1} << 30, 1, 1, 8}, 320)) == 0, "more tiles than are counted");
   check(outs(convolution({1, 46336, 46336, 64}, 64)) == 64, "2^31 - ... pixels");
 }

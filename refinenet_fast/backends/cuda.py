@@ -37,7 +37,9 @@ TILES = {"conv3x3": (128, 64), "pool_conv3x3": (256, 64), "weight_grad": (128, 6
 class Cuda(Native):
     """CUDA C++ for sm_80, sm_90a and sm_100 (whatever ``build_info()`` lists), on the current stream.
 
-    Float32 convolutions use TF32 where cuDNN would, and else three products of TF32 numbers for each of float32.
+    Float32 convolutions use TF32 where cuDNN would, and else three products of TF32 numbers for each of float32. On
+    Hopper, those of 16-bit types run by TMA and wgmma; the loop of sm_80 takes what these cannot: channels or tensors
+    that are not whole chunks of 16 bytes at multiples of that.
     """
 
     name = "cuda"

@@ -15,8 +15,9 @@ from emulator.launch import Struct
 from emulator.tensormap import TensorMap
 
 THREADS, SUM_THREADS = 128, 256  # kProductThreads, kThreads
-# kBlockThreads, kCluster, kTileRows, kTileColumns, kSlice in csrc/cuda/plan_sm90.h
+# kBlockThreads, kCluster, kTileRows, kTileColumns, kSlice in csrc/cuda/plan_sm90.h; what a warp stores at once there
 SM90_THREADS, SM90_CLUSTER, SM90_ROWS, SM90_COLUMNS, SM90_SLICE = 384, 2, 16, 8, 64
+SM90_STORED = (1, 2, 8, 32)
 MOST_ADDS, TILE_EDGE = 8, 8  # kMostAdds, kTileEdge
 CHUNK = 16
 # By the numbers of DType in csrc/common/arguments.h: bytes of an element; its name, and its arithmetic's, as mangled.
@@ -123,10 +124,12 @@ def convolution(
     asked = *way_out, n, h, w, c, k, side, dtype, tile, exact, turned, relu_in, pool_in, sm80_loop
     layout = f"2Q{4 + MOST_ADDS + 1}Qqq?7xqq?7x2i?7x4qq3i5?7x"
     if isinstance(plan, HopperPlan):
+        stored = (0, 0) if add or low or select else way_out[:2]  # is_plain()
         box, part = (1, SM90_ROWS + side // 2 * 2, SM90_COLUMNS, SM90_SLICE), plan.outs // SM90_CLUSTER
         arguments = (
             tensor_map(pixels, (n, h, w, c), box, dtype),
             tensor_map(taps, (side * side, k, c), (1, part, SM90_SLICE), dtype),
+            *(tensor_map(m, (n, h, w, k), SM90_STORED, dtype) for m in stored),
             Struct(layout, (0, 0, *asked)),
         )
         name = f"{name_of('wgmma_kernel', dtype, exact, relu_in)}Li{plan.outs}E"
@@ -144,10 +147,11 @@ def convolution(
     return [Launch("cuda/conv3x3.cu", name, plan.blocks, THREADS, plan.shared, (request,))]
 
 
-def tensor_map(memory: np.ndarray | int, shape: tuple[int, ...], box: tuple[int, ...], dtype: int) -> TensorMap:
-    """As csrc/cuda/tensor_map.h has the driver make it."""
-    assert isinstance(memory, np.ndarray)
-    return TensorMap(memory.view(np.uint16).reshape(shape), box, "bf16" if dtype == 1 else "f16", 128)
+def tensor_map(memory: np.ndarray | int, shape: tuple[int, ...], box: tuple[int, ...], dtype: int) -> TensorMap | bytes:
+    """As csrc/cuda/tensor_map.h has the driver make it; of no tensor, zeros."""
+    if not isinstance(memory, np.ndarray):
+        return bytes(128)
+    return TensorMap(memory.view(np.uint16).reshape(shape), box, "bf16" if dtype == 1 else "f16", 2 * box[-1])
 
 
 def weight_gradient(

@@ -1,4 +1,4 @@
-// Loads from shared memory by 32-bit addresses: four 8x8 matrices at once, and single words.
+// Loads from shared memory and stores to it by 32-bit addresses: four 8x8 matrices at once, single words, chunks.
 #pragma once
 
 #include <cstdint>
@@ -20,6 +20,13 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&d)[4], uint32_t row
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
                : "r"(row)
+               : "memory");
+}
+
+// The inverse of ldmatrix_x4; sm_90 (9.7.14.5.16).
+__device__ __forceinline__ void stmatrix_x4(uint32_t row, const uint32_t (&d)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(d[0]), "r"(d[1]),
+               "r"(d[2]), "r"(d[3])
                : "memory");
 }
 

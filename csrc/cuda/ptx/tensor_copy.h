@@ -1,5 +1,6 @@
 // Bulk tensor copies, TMA: one thread has a box of a tensor copied, by a tensor map (PTX ISA 9.7.9.25.5). Coordinates
-// begin with the innermost dimension, and may lie outside the tensor: what is not there reads as zero.
+// begin with the innermost dimension, and may lie outside the tensor: what is not there reads as zero, and is not
+// stored.
 #pragma once
 
 #include <cuda.h>
@@ -33,5 +34,25 @@ __device__ __forceinline__ void load_box_for(uint16_t blocks, uint32_t to, const
       "l"(&map), "r"(barrier), "h"(blocks), "r"(x), "r"(y), "r"(z)
       : "memory");
 }
+
+// From this block's shared memory, in the thread's open bulk group (9.7.9.25.5.2).
+__device__ __forceinline__ void store_box(const CUtensorMap& map, uint32_t from, int32_t x, int32_t y, int32_t z,
+                                          int32_t v) {
+  asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(&map),
+               "r"(from), "r"(x), "r"(y), "r"(z), "r"(v)
+               : "memory");
+}
+
+// This thread's stores since the last one become a group (9.7.9.25.6.1).
+__device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+
+// Until all of this thread's groups but the newest kPending have read shared memory (9.7.9.25.6.2).
+template <int kPending>
+__device__ __forceinline__ void bulk_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+}
+
+// What this thread has written to shared memory is seen by copies that begin later (9.7.13.4).
+__device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 }  // namespace refinenet_fast::cuda::ptx
