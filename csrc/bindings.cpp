@@ -99,7 +99,7 @@ cuda::PackedConvolution packed_convolution(Address x, Address weights, Address y
                                            Address select, const std::vector<Address>& add, int raw_adds, Address low,
                                            int64_t low_h, int64_t low_w, bool align_corners, bool relu_out,
                                            const Sizes& sizes, int side, int dtype, bool exact, bool turned,
-                                          bool relu_in, bool pool_in, int tile, bool sm80_loop) {
+                                           bool relu_in, bool pool_in, int tile, bool sm80_loop) {
   const auto [n, h, w, c, k] = sizes;
   if (add.size() > cuda::kMostAdds) throw py::value_error("add: expected 8 tensors at most");
   cuda::WayOut out{};
