@@ -216,6 +216,25 @@ def test_a_block_whose_forward_another_library_replaced_is_left_alone():
     assert rows["refinenet2"].op == "rcu, fuse"
 
 
+def test_under_distributed_data_parallel(tmp_path):
+    """One process: the wrapper finds the parameters, reduces their gradients, and the model computes what it did."""
+    model = randomised(ports.Decoder(ports.FeatureFusionBlock_custom))
+    del model.refinenet2.resConfUnit1  # takes no part: DistributedDataParallel would wait for it
+    x = image(1, 8, 6, 4)
+    want = gradients(copy.deepcopy(model), x)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = accelerate(nn.parallel.DistributedDataParallel(model))
+        assert {row.op for row in explain(wrapped)} == {"conv3x3", "rcu", "rcu, fuse"}
+        y = wrapped(x)
+        gy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+        y.backward(gy)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert relative_l2(y, want[0]) < 1e-4
+    assert max(map(relative_l2, (p.grad for p in model.parameters()), want[1:])) < 1e-3
+
+
 def test_data_parallel_replicas_use_their_own_parameters():
     """What ``DataParallel`` does on one device: a shallow copy of the module with parameters of its own."""
     block = accelerate(randomised(ports.ResidualConvUnit_custom(4, nn.ReLU())))

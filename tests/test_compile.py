@@ -27,13 +27,13 @@ def example(op: str, data, height: int = 6, width: int = 5, batch: int = 2) -> C
     if op == "fuse":
         small = (batch, 4, (height + 1) // 2, width // 2 + 1)
         return fuse_call([shape, small], data, [3, 1], 5, True, size=shape[2:])
-    return {"rcu": rcu_call, "crp": crp_call}[op](shape, data)
+    return crp_call(shape, data) if op == "crp" else rcu_call(shape, data, adds="1")
 
 
 def function(op: str, **options):
     """The op as a user's code calls it, on the tensors of a call."""
     if op == "rcu":
-        return lambda call, x, *rest: ops.rcu(x, *rest)
+        return lambda call, x, add, *rest: ops.rcu(x, *rest, add=add)
     if op == "fuse":
         return lambda call, a, b, *rest: ops.fuse([a, b], rest[:2], rest[2:], **options)
     return lambda call, x, *rest: ops.crp(x, rest[:2], rest[2:])
