@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, settings
 from common import PLACES, Place
 from executors import Executor
 from refinenet_fast import use_backend
+from refinenet_fast.testing import exact_float32
 
 settings.register_profile("default", max_examples=15, derandomize=True, deadline=None, database=None)
 settings.register_profile(
@@ -28,6 +29,13 @@ settings.load_profile("default")  # another: pytest --hypothesis-profile=wide
 def _nothing_is_forced():
     """Nor left forced by a test that fails."""
     with use_backend("auto"):
+        yield
+
+
+@pytest.fixture
+def exact():
+    """Float32 convolutions of PyTorch's without TF32."""
+    with exact_float32():
         yield
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from emulator import LOCKSTEP, Schedule, parse
@@ -23,6 +24,7 @@ from refinenet_fast import backends
 
 NAMES = ("reference", "interpreter", "emulator", "emulator-sm90a", "gpu")  # the emulator: of sm_80, or as it says
 INTERPRET = Path(__file__).with_name("interpret.py")
+needs_nvcc = pytest.mark.skipif(not nvcc() or not CSRC.exists(), reason="needs an nvcc, and the sources")
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,14 @@ import refinenet_fast
 from emulator import Schedule
 from emulator.backend import Emulated
 from emulator.compilers import CSRC, nvcc, start
+from executors import needs_nvcc
 from refinenet_fast import _native
 from refinenet_fast.backends import WayIn, WayOut
-from refinenet_fast.testing import Data, compare, conv, exact_float32
+from refinenet_fast.testing import Data, compare, conv
 from triton_cases import WAYS, check_conv, tf32_errors
 
+pytestmark = pytest.mark.usefixtures("exact")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-needs_nvcc = pytest.mark.skipif(not nvcc() or not CSRC.exists(), reason="needs an nvcc, and the sources")
 everywhere = pytest.mark.runs_on("emulator", "gpu")
 by_every_loop = pytest.mark.runs_on("emulator", "emulator-sm90a", "gpu")
 on_hopper = pytest.mark.runs_on("emulator-sm90a", "gpu")  # other GPUs take their own loop
@@ -34,12 +35,6 @@ def _compiled_ahead():
     if nvcc() and CSRC.exists():
         start(CSRC / "cuda" / "conv3x3.cu", "sm_80")
         start(CSRC / "cuda" / "conv3x3_sm90.cu", "sm_90a")
-
-
-@pytest.fixture(autouse=True)
-def exact():
-    with exact_float32():
-        yield
 
 
 @pytest.fixture

@@ -10,10 +10,11 @@ import torch
 
 from emulator import EmulatorError, Schedule
 from emulator.backend import Emulated
-from emulator.compilers import CSRC, nvcc
+from emulator.compilers import CSRC
+from executors import needs_nvcc
 from triton_cases import check_conv, check_grads
 
-pytestmark = pytest.mark.skipif(not nvcc() or not CSRC.exists(), reason="needs an nvcc, and the sources")
+pytestmark = needs_nvcc
 CONV, POOL, GRAD, SM90 = (f"cuda/{name}.cu" for name in ("conv3x3", "pool_conv3x3", "weight_grad", "conv3x3_sm90"))
 TILE, POOLED, RING, INDEX, WAY_OUT, SM90_OUT = (
     f"cuda/{name}.h" for name in ("tile", "pooled_tile", "ring", "index", "way_out", "way_out_sm90")

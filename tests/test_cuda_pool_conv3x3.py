@@ -9,12 +9,13 @@ import torch.nn.functional as F
 from emulator import Schedule
 from emulator.backend import Emulated
 from emulator.compilers import CSRC, nvcc, start
+from executors import needs_nvcc
 from refinenet_fast.backends import WayIn, WayOut
-from refinenet_fast.testing import Data, conv, exact_float32, maxpool, relative_l2
+from refinenet_fast.testing import Data, conv, maxpool, relative_l2
 from triton_cases import WAYS, check_conv, tf32
 
+pytestmark = pytest.mark.usefixtures("exact")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-needs_nvcc = pytest.mark.skipif(not nvcc() or not CSRC.exists(), reason="needs an nvcc, and the sources")
 everywhere = pytest.mark.runs_on("emulator", "gpu")
 # (output channels of a block, shape, K): tiles over an edge; channels end within a block and a slice.
 SMALL, WIDE = (64, (1, 40, 9, 5), 72), (256, (1, 40, 3, 10), 136)
@@ -27,12 +28,6 @@ def _compiled_ahead():
     """The second core compiles while the first one emulates."""
     if nvcc() and CSRC.exists():
         start(CSRC / "cuda" / "pool_conv3x3.cu", "sm_80")
-
-
-@pytest.fixture(autouse=True)
-def exact():
-    with exact_float32():
-        yield
 
 
 @pytest.fixture

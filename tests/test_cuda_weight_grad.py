@@ -8,9 +8,10 @@ import torch
 from emulator import Schedule
 from emulator.compilers import CSRC, nvcc, start
 from refinenet_fast import _native
-from refinenet_fast.testing import Data, exact_float32
+from refinenet_fast.testing import Data
 from triton_cases import check_grads
 
+pytestmark = pytest.mark.usefixtures("exact")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 everywhere = pytest.mark.runs_on("emulator", "gpu")
 # (tile, shape, K): both channels end within a tile, the pixels within a stage.
@@ -23,12 +24,6 @@ def _compiled_ahead():
     """The second core compiles while the first one emulates."""
     if nvcc() and CSRC.exists():
         start(CSRC / "cuda" / "weight_grad.cu", "sm_80")
-
-
-@pytest.fixture(autouse=True)
-def exact():
-    with exact_float32():
-        yield
 
 
 @pytest.fixture

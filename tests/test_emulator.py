@@ -11,10 +11,9 @@ from emulator import EmulatorError, Schedule, emulate, parse
 from emulator.backend import Emulated
 from emulator.compilers import CSRC, compiled, find, nvcc, start
 from emulator.machine import Machine
+from executors import needs_nvcc
 from refinenet_fast import testing
 from refinenet_fast.testing import Data
-
-needs_nvcc = pytest.mark.skipif(not nvcc() or not CSRC.exists(), reason="needs an nvcc, and the sources")
 
 
 @pytest.fixture(scope="module", autouse=True)

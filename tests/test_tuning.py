@@ -10,8 +10,8 @@ import torch
 
 import refinenet_fast
 from emulator.backend import Emulated
-from emulator.compilers import CSRC, nvcc
 from emulator.triton_backend import EmulatedTriton
+from executors import needs_nvcc
 from refinenet_fast import RefineNetBlock, _native, backends
 from refinenet_fast.backends import engine, table
 from refinenet_fast.backends.configurations import H100, Configuration, Problem, choose
@@ -20,7 +20,6 @@ from refinenet_fast.backends.table import Question
 from refinenet_fast.testing import exact_float32
 
 SHAPE = (1, 16, 16, 32, 32, 9)
-needs_nvcc = pytest.mark.skipif(not nvcc() or not CSRC.exists(), reason="needs an nvcc, and the sources")
 needs_core = pytest.mark.skipif(_native._C is None, reason=str(_native.missing))
 
 
