@@ -190,7 +190,7 @@ def test_what_the_cuda_backend_offers_runs(kernel, dtype, c):
 @needs_core
 @needs_nvcc
 def test_the_cuda_backend_does_as_its_table_says(folder):
-    kernels, x, weight = Emulated(), torch.empty(1, 16, 5, 6, dtype=torch.bfloat16), torch.empty(8, 16, 3, 3)
+    kernels, x, weight = Emulated(), torch.randn(1, 16, 5, 6, dtype=torch.bfloat16), torch.randn(8, 16, 3, 3)
     pool = backends.WayIn(relu=True, pool=True)
     assert kernels._tile("conv3x3", x, weight) == 0 and not kernels._is_vendors("conv3x3", x, weight)
     assert kernels._pooled(x, weight, pool) == (x, pool)
