@@ -156,6 +156,7 @@ void convolve(const Convolution& p, int threads) {
                         s.m, d.panels * slice / d.slices, d.panels * (slice + 1) / d.slices);
       }
     }
+    fence();
   }
 }
 

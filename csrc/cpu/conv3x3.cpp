@@ -24,9 +24,10 @@ constexpr int64_t kBlockBytes = 512 * 1024;
 #endif
 // Tiles of a block at least. For fewer the weights would be read too often, from the outer cache or from memory; that
 // then the patches, which are read in order, come from the outer cache costs less.
-constexpr int64_t kFewestTiles = 24;
-constexpr int64_t kSmallTiles = 96;  // of a small map, at most: the products of a panel stay in the second-level cache
-constexpr int64_t kFewTiles = 4;     // that a thread transforms at a time, of a small map
+constexpr int64_t kFewestTiles = round_up(24, kMaxRows);
+constexpr int64_t kSmallTiles = 96;   // of a small map, at most: the products of a panel stay in the second-level cache
+constexpr int64_t kFewTiles = 4;      // that a thread transforms at a time, of a small map
+constexpr int64_t kSmallDepth = 256;  // input channels of a panel's weights that the second-level cache holds
 constexpr int64_t kGroup = 64 / kPanel;  // panels whose products with a patch follow each other, of a large map
 
 // How the work is divided; no sum depends on it.
@@ -57,13 +58,13 @@ Band band(const Tile& first, int64_t tiles) { return {first.n, first.y - 1, firs
 struct Scratch {
   int64_t v_elements, u_elements, m_elements, pooled_elements;
   float* v;       // [tiles][36][pitch]: patches
-  float* u;       // [groups][36][panels of the group][C][kPanel]: weights
+  float* u;       // [groups][36][panels of the group][C][kPanel]: weights; of a small map [36][kSmallDepth][kPanel]
   float* m;       // [panels of the group][block][36][kPanel]: products
   float* pooled;  // [band().elements()]
 
   Scratch(const Convolution& p, const Division& d)
       : v_elements(round_up((d.small ? d.tiles : d.block) * kPoints * d.pitch, 16)),
-        u_elements(round_up((d.small ? 1 : d.panels) * kPoints * d.panel_elements, 16)),
+        u_elements(round_up(kPoints * (d.small ? kSmallDepth * kPanel + kStagger : d.panels * d.panel_elements), 16)),
         m_elements(d.group * d.block * kPoints * kPanel),
         pooled_elements(p.pool_in ? round_up(band({}, smaller(d.small ? kFewTiles : d.block, d.across)).elements(), 16)
                                   : 0) {}
@@ -78,11 +79,12 @@ struct Scratch {
   }
 };
 
-// A panel's weights to u[point]; from one point to the next there are `stride` elements.
-void transform_weights(const Convolution& p, int64_t panel, float* u /* [36][.][C][kPanel] */, int64_t stride) {
+// A panel's weights for `depth` input channels to u[point]; from one point to the next there are `stride` elements.
+void transform_weights(const Convolution& p, int64_t panel, int64_t begin, int64_t depth,
+                       float* u /* [36][.][depth][kPanel] */, int64_t stride) {
   float taps[kGathered * 9 * kPanel];
-  for (int64_t c = 0; c < p.shape.c; ++c) {
-    if (c % kGathered == 0) gather_weights<9>(p, panel, c, smaller(kGathered, p.shape.c - c), taps);
+  for (int64_t c = 0; c < depth; ++c) {
+    if (c % kGathered == 0) gather_weights<9>(p, panel, begin + c, smaller(kGathered, depth - c), taps);
     for (int64_t half = 0; half < kPanel; half += kLanes) {
       Float g[9], rows[kPatch * 3], out[kPatch];
       for (int64_t t = 0; t < 9; ++t) g[t] = load(taps + (c % kGathered * 9 + t) * kPanel + half);
@@ -176,7 +178,8 @@ template <class T>
 void finish_panel(const Convolution& p, const Tile& tile, const Taps& taps, int64_t k,
                   const float* m /* [36][kPanel] */) {
   const Outputs outputs(p.shape, tile);
-  outputs.each([&](int64_t, int64_t pixel) { __builtin_prefetch(static_cast<T*>(p.y) + pixel * p.k + k, 1); });
+  T* y = static_cast<T*>(p.y);
+  if (!streams(y, p)) outputs.each([&](int64_t, int64_t pixel) { __builtin_prefetch(y + pixel * p.k + k, 1); });
   for_channels(smaller(kPanel, p.k - k), [&](int64_t c, auto lanes) {
     Float out[kTile * kTile];
     transform_back(m + c, out);
@@ -204,10 +207,13 @@ void convolve_small(const Convolution& p, const Division& d, const Scratch& s, c
   }
 #pragma omp for schedule(dynamic)
   for (int64_t panel = 0; panel < d.panels; ++panel) {
-    transform_weights(p, panel, s.u, d.panel_elements);
-    for (int64_t i = 0; i < kPoints; ++i) {
-      gemm(s.v + i * d.pitch, kPoints * d.pitch, s.u + i * d.panel_elements, p.shape.c, s.m + i * kPanel,
-           kPoints * kPanel, d.tiles);
+    for (int64_t c = 0; c < p.shape.c; c += kSmallDepth) {
+      const int64_t depth = smaller(kSmallDepth, p.shape.c - c), stride = depth * kPanel + kStagger;
+      transform_weights(p, panel, c, depth, s.u, stride);
+      for (int64_t i = 0; i < kPoints; ++i) {
+        gemm(s.v + i * d.pitch + c, kPoints * d.pitch, s.u + i * stride, depth, s.m + i * kPanel, kPoints * kPanel,
+             d.tiles, c > 0);
+      }
     }
     finish<T>(p, d, taps, s.m, 0, d.tiles, panel, 1);
   }
@@ -219,7 +225,7 @@ void convolve_large(const Convolution& p, const Division& d, const Scratch& s, c
   for (int64_t panel = 0; panel < d.panels; ++panel) {
     const int64_t first = panel / d.group * d.group, stride = d.group_panels(first) * d.panel_elements;
     float* u = s.u + first * kPoints * d.panel_elements + (panel - first) * d.panel_elements;
-    transform_weights(p, panel, u, stride);
+    transform_weights(p, panel, 0, p.shape.c, u, stride);
   }
 #pragma omp for schedule(dynamic)
   for (int64_t block = 0; block < d.blocks; ++block) {
@@ -249,6 +255,7 @@ void convolve(const Convolution& p, int threads) {
     Scratch s = sizes;
     s.place(d, reinterpret_cast<float*>(memory + Taps::bytes(p)), thread_number());
     d.small ? convolve_small<T>(p, d, s, taps) : convolve_large<T>(p, d, s, taps);
+    fence();
   }
 }
 

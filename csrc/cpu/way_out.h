@@ -29,8 +29,13 @@ struct Place {
   int64_t n, y, x;
 };
 
+template <class T>
+static inline bool streams(const T* y /* [N, H, W, K] */, const Convolution& p) {
+  return streams(y, p.shape.n * p.shape.h * p.shape.w, p.k);
+}
+
 // Outputs has each(body), which calls body(i, pixel) for the outputs i that are inside the image, `pixel` numbering
-// those of the batch, and place(i).
+// those of the batch, and place(i). A thread that is through calls fence().
 template <class T, class Outputs, class Count>
 static inline void way_out(const Convolution& p, const Taps& taps, const Outputs& outputs, int64_t k, Count lanes,
                            Float* out /* [Outputs::kCount] */) {
@@ -61,8 +66,9 @@ static inline void way_out(const Convolution& p, const Taps& taps, const Outputs
       out[i] += blend(image, corners(taps.rows[at.y], taps.columns[at.x], p.columns.in, p.k), 0, lanes);
     });
   }
-  T* y = static_cast<T*>(p.y) + k;
-  outputs.each([&](int64_t i, int64_t pixel) { store(y + pixel * p.k, out[i], lanes); });
+  T* y = static_cast<T*>(p.y);
+  const bool streamed = streams(y, p);
+  outputs.each([&](int64_t i, int64_t pixel) { put(y + pixel * p.k + k, out[i], lanes, streamed); });
 }
 
 }  // namespace refinenet_fast::cpu::REFINENET_FAST_ISA

@@ -12,8 +12,9 @@ namespace refinenet_fast::cpu::REFINENET_FAST_ISA {
 namespace {
 
 constexpr int64_t kChunkBytes = 64 << 20;
-constexpr int64_t kDepth = 128;     // tiles whose gradients of a panel stay in the first-level cache
-constexpr int64_t kBiasTiles = 64;  // tiles whose gradients are summed by one thread
+constexpr int64_t kDepth = 128;      // tiles whose gradients of a panel stay in the first-level cache
+constexpr int64_t kAheadTiles = 32;  // tiles ahead whose patches are fetched into the first-level cache
+constexpr int64_t kBiasTiles = 64;   // tiles whose gradients are summed by one thread
 
 // How the work is divided, and what is kept on the way.
 struct Plan : Tiling {
@@ -74,37 +75,50 @@ void add_products(const float* v /* [depth][pitch] */, int64_t pitch, const floa
                   int64_t depth, float* u /* [kRows][kPanel] */, bool first) {
   Float sum[kRows][2] = {};
   if (!first) {
+#pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
       sum[r][0] = load(u + r * kPanel);
       sum[r][1] = load(u + r * kPanel + kLanes);
     }
   }
+#pragma GCC unroll 2
   for (int64_t t = 0; t < depth; ++t, v += pitch, m += kPanel) {
     const Float left = load(m), right = load(m + kLanes);
-#pragma GCC unroll 8
+    __builtin_prefetch(v + kAheadTiles * pitch);
+#pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
       const Float value = splat(v[r]);
       sum[r][0] += value * left;
       sum[r][1] += value * right;
     }
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
     store(u + r * kPanel, sum[r][0]);
     store(u + r * kPanel + kLanes, sum[r][1]);
   }
 }
 
-// The products of one point and one panel over a chunk's tiles. Channels past the last group are done one by one.
+// add_products() for any number of input channels up to kRows.
+template <int kRows = kMaxRows>
+void add_group(int64_t rows, const float* v /* [depth][pitch] */, int64_t pitch, const float* m /* [depth][kPanel] */,
+               int64_t depth, float* u /* [rows][kPanel] */, bool first) {
+  if constexpr (kRows > 1) {
+    if (rows < kRows) return add_group<kRows - 1>(rows, v, pitch, m, depth, u, first);
+  }
+  add_products<kRows>(v, pitch, m, depth, u, first);
+}
+
+// The products of one point and one panel over a chunk's tiles, input channels in groups as equal as can be.
 void multiply(const WeightGrad& p, const Plan& d, const float* v, const float* m, float* u, int64_t tiles, bool first) {
   for (int64_t t = 0; t < tiles; t += kDepth) {
     const int64_t depth = smaller(kDepth, tiles - t);
     const float *rows = v + t * d.pitch, *panel = m + t * kPanel;
-    int64_t c = 0;
-    for (; c + kMaxRows <= p.shape.c; c += kMaxRows) {
-      add_products<kMaxRows>(rows + c, d.pitch, panel, depth, u + c * kPanel, first && t == 0);
+    for (int64_t c = 0, left = ceil_div(p.shape.c, kMaxRows); left > 0; --left) {
+      const int64_t count = ceil_div(p.shape.c - c, left);
+      add_group(count, rows + c, d.pitch, panel, depth, u + c * kPanel, first && t == 0);
+      c += count;
     }
-    for (; c < p.shape.c; ++c) add_products<1>(rows + c, d.pitch, panel, depth, u + c * kPanel, first && t == 0);
   }
 }
 
