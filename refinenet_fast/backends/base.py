@@ -331,7 +331,7 @@ class VendorConv(Backend):
 
     def _conv3x3(self, x: Tensor, weight: Tensor, way_in: WayIn, way_out: WayOut, pack: bool) -> Tensor:
         bias = None if way_out.bias is None else way_out.bias.to(x.dtype)
-        with fixed_order(x.device, weight):
+        with fixed_order(x, weight):
             return nhwc(torch.conv2d(x, weight.to(x.dtype), bias, padding=weight.shape[2] // 2))
 
     def conv3x3_input_grad(self, gy: Tensor, weight: Tensor, way_out: WayOut = PLAIN_OUT) -> Tensor:
@@ -354,7 +354,7 @@ def _convolution_backward(
 ) -> Tensor:
     """The vendor's gradient in the input (wanted = 0) or the weight (1)."""
     mask, pad = [wanted == 0, wanted == 1, False], [weight.shape[2] // 2] * 2
-    with fixed_order(gy.device, weight):
+    with fixed_order(gy, weight, weight_grad=wanted == 1):
         backward = torch.ops.aten.convolution_backward
         return backward(gy, x, weight.to(gy.dtype), None, [1, 1], pad, [1, 1], False, [0, 0], 1, mask)[wanted]
 
@@ -365,16 +365,25 @@ class fixed_order:
     On a GPU: cuDNN's deterministic algorithms only. The setting is the process's, so the first of several threads
     makes it and the last one out restores it. On a CPU: oneDNN gives each thread blocks of channels, and where there
     are more threads than blocks it splits the sum over pixels between them; so there are no more threads than blocks.
+    The largest blocks that were seen are the weight gradient's with AVX-512 and AMX, and those of small maps.
     """
 
-    BLOCK = 16  # channels, of the input and of the output
+    BLOCK, LARGEST_BLOCK = 16, 128  # channels, of the input and of the output
+    FEW_PIXELS = 256  # of a map that is small
     lock, inside, before = threading.Lock(), 0, False
 
-    def __init__(self, device: torch.device, weight: Tensor) -> None:  # (K, C, R, R)
-        self.cuda = device.type == "cuda"
-        blocks = max(1, (weight.shape[0] // self.BLOCK) * (weight.shape[1] // self.BLOCK))
+    def __init__(
+        self,
+        x: Tensor,  # (N, C, H, W), or its gradient
+        weight: Tensor,  # (K, C, R, R)
+        weight_grad: bool = False,
+    ) -> None:
+        self.cuda = x.device.type == "cuda"
+        large = weight_grad or x.shape[2] * x.shape[3] < self.FEW_PIXELS
+        side = self.LARGEST_BLOCK if large else self.BLOCK
+        blocks = max(1, (weight.shape[0] // side) * (weight.shape[1] // side))
         traced = torch.compiler.is_compiling()  # in an export, which keeps no number of threads
-        threads = torch.get_num_threads() if device.type == "cpu" and not traced else 1
+        threads = torch.get_num_threads() if x.device.type == "cpu" and not traced else 1
         self.restore = threads if threads > blocks else None
         self.blocks = blocks
 

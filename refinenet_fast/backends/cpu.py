@@ -121,7 +121,7 @@ class Cpu(Native):
 
         packed = self.packed.get(weight, x.dtype, "oneDNN", reorder)
         convolve = torch.ops.mkldnn._convolution_pointwise
-        with fixed_order(x.device, weight):
+        with fixed_order(x, weight):
             if way_out.add:
                 y = convolve.binary(x, nhwc(way_out.add[0]), packed, *common, "add", None, None, [], "")
             else:
