@@ -62,6 +62,7 @@ static inline Int pool_column(const T* x /* [10] */, int64_t row, float* out /* 
   Float a[kReach];
   Int nan{};
   for (int64_t i = 0; i < kReach; ++i) {
+    if (inside(i)) __builtin_prefetch(x + i * row + kPoolChunk, 0, 2);
     a[i] = inside(i) ? load(x + i * row, lanes) : splat(-__builtin_inff());
     nan |= a[i] != a[i];
   }

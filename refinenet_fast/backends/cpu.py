@@ -71,7 +71,7 @@ class Cpu(Native):
         return engine.pays(x, weight) or engine.pays(gy, weight, rotated=True) or engine.gradient_pays(x, weight)
 
     def fuses(self, x: Tensor, weight: Tensor, pack: bool) -> Fused:
-        return engine.FUSES if engine.pays(x, weight) else ONEDNN_FUSES
+        return engine.fuses(x) if engine.pays(x, weight) else ONEDNN_FUSES
 
     def _conv3x3(self, x: Tensor, weight: Tensor, way_in: WayIn, way_out: WayOut, pack: bool) -> Tensor:
         if engine.pays(x, weight):

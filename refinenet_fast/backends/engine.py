@@ -21,6 +21,9 @@ from refinenet_fast.backends.table import Question, lookup
 from refinenet_fast.layout import empty_nhwc, nhwc
 
 FUSES = Fused(frozenset({"relu", "pool"}), frozenset({"bias", "relu", "select", "add", "add_relu", "upsample"}))
+# Bytes of a map up to which a pool on the way in is faster than one apart, by instruction set. In a larger one the rows
+# of a window come from memory: with AVX-512, 256 channels at 128x128 take 24 ms against 22, of which the pool is 2.
+LARGEST_POOLED = {"avx512": 8 << 20}
 DTYPES = (torch.float32, torch.bfloat16)  # of activations; inside everything is float32
 NAMES = {9: "winograd", 1: "gemm"}  # in tables, by taps
 FEWEST_CHANNELS = 16  # of the input and of the output
@@ -91,6 +94,16 @@ def _few_products(asked: Question) -> bool:
 def _multiplies_bfloat16() -> bool:
     """Whether the processor multiplies matrices of bfloat16 (AMX), many times faster than vectors of float32."""
     return torch.cpu._is_amx_tile_supported()
+
+
+def fuses(
+    x: Tensor,  # (N, C, H, W)
+) -> Fused:
+    """The steps that are faster inside :func:`convolve` than apart."""
+    largest = LARGEST_POOLED.get(_native._C.cpu_isa())
+    if largest is None or x.numel() * x.element_size() <= largest:
+        return FUSES
+    return Fused(FUSES.way_in - {"pool"}, FUSES.way_out)
 
 
 def convolve(
