@@ -219,10 +219,16 @@ def test_a_clock_tells_waiting_from_working(monkeypatch):
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
-def test_two_ranks_are_one_process_with_the_whole_batch(data, tmp_path):
-    """20 steps in float64, an odd image left for one rank in the last batch of each epoch; metrics are summed, too."""
+@pytest.mark.parametrize("again", [False, True], ids=["kept", "checkpoint-blocks"])
+def test_two_ranks_are_one_process_with_the_whole_batch(data, tmp_path, again):
+    """20 steps in float64, an odd image left for one rank in the last batch of each epoch; metrics are summed, too.
+
+    ``again``: the ranks compute their blocks again within the backward pass in which DistributedDataParallel sums the
+    gradients; the one process keeps all.
+    """
     options = {"epochs": 7, "batch": 2, "dropout": 0.0, "freeze_bn": True, "precision": "float64"}
     wanted = settings(data, **options)  # 5 images in batches of 2, 2, 1
+    divided = dataclasses.replace(wanted, checkpoint_blocks=again)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -231,7 +237,7 @@ def test_two_ranks_are_one_process_with_the_whole_batch(data, tmp_path):
     ranks = []
     for rank in ("0", "1"):
         own = environment | {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
-        ranks.append(processes().Process(target=train_quietly, args=(wanted, tmp_path / "two", False, own)))
+        ranks.append(processes().Process(target=train_quietly, args=(divided, tmp_path / "two", False, own)))
     for process in (alone, *ranks):
         process.start()
     for process in (alone, *ranks):
