@@ -50,8 +50,8 @@ _CAMVID = {**_COMMON, "num_classes": len(CLASSES), "ignore_value": len(CLASSES),
 _NARROW = {"trunk": "resnet18", "trunk_stride": "3x3", "width": 64, "crop": (180, 240)}
 _QUICK = {"trunk": "test_resnet", "trunk_stride": "3x3", "width": 8, "crop": (64, 64), "dropout": 0.1}
 RECIPES = {
-    "cpu": {**_CAMVID, **_NARROW, "epochs": 6, "batch": 4, "lr": 1e-3, "workers": 1},
-    "cuda": {**_CAMVID, "trunk": "resnet50", "crop": (360, 480), "epochs": 30, "lr": 5e-4, "precision": "bfloat16"},
+    "cpu": {**_CAMVID, **_NARROW, "epochs": 6, "batch": 4, "lr": 3e-4, "workers": 1},
+    "cuda": {**_CAMVID, "trunk": "resnet50", "crop": (360, 480), "epochs": 30, "lr": 3e-4, "precision": "bfloat16"},
     "quick": {**_COMMON, **_QUICK, "epochs": 3, "batch": 2, "lr": 1e-3, "workers": 0},
 }
 HALVED = ("cpu", "quick")
