@@ -5,7 +5,8 @@ REFINENET_FAST_CAMVID=<folder> python benchmarks/experiment_cascades.py --device
 Each network is trained under one recipe from each seed, and scored on val after the last epoch; no epoch is chosen by
 its score. After every run the JSON file and a Markdown table beside it are written anew.
 A run is one of `refinenet-fast train` in a folder of --scratch: the same command goes on with one that was cut off,
-from its newest checkpoint, and does not repeat a finished one. On a CPU images and masks are halved, and so scored.
+from its newest checkpoint, and does not repeat a finished one, of whose folder the two JSON files are enough. On a CPU
+images and masks are halved, and so scored.
 """
 
 import csv

@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import os
+import shutil
 import signal
 import statistics
 import sys
@@ -130,6 +131,17 @@ def test_the_table_says_what_was_measured(finished):
     assert len({row["parameters"] for row in rows}) == 4 and all(row["train_seconds"] > 0 for row in rows)
     one, other = rows[:2]
     assert one["miou"] != other["miou"] and set(one["iou"]) == {"ground", "disc", "square", "triangle", "bar"}
+
+
+def test_of_a_finished_run_its_settings_and_result_are_enough(finished, tmp_path):
+    """Such as on another machine, to which nothing else was taken."""
+    folder, out = finished
+    for path in (folder / "runs").glob("*/seed-*/*.json"):
+        copy = tmp_path / "runs" / path.relative_to(folder / "runs")
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, copy)
+    code, again, err = run(*quick(tmp_path, "--seeds", 3, "--epochs", 1))
+    assert (code, again, err) == (0, out, "") and rows_in(tmp_path) == rows_in(folder)
 
 
 def test_one_recipe_for_all(finished):
