@@ -134,7 +134,7 @@ def describe(device, allocator):
 def _command(argv):
     """argv as typed in the repository's root, less the files it writes."""
     script, arguments = Path(argv[0]).resolve(), list(argv[1:])
-    for option in ("--json", "--plot"):
+    for option in ("--json", "--plot", "--scratch"):
         if option in arguments:
             at = arguments.index(option)
             del arguments[at : at + 2]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ pytest.importorskip("timm")
 
 from PIL import Image
 
-from refinenet_fast import cli
+from refinenet_fast import RefineNet, cli
 from refinenet_fast.backends import table
 from refinenet_fast.training.settings import TrainSettings, option_types
 from training_runs import samples
@@ -55,6 +56,29 @@ def trained(tmp_path_factory) -> tuple[Path, Path]:
     data = samples(folder / "samples", 3, 2)
     train(settings(data, epochs=1), folder / "run")
     return data, folder / "run"
+
+
+DOCUMENTED = Path(__file__).parents[1] / "docs" / "training.md"
+
+
+@pytest.mark.skipif(not DOCUMENTED.exists(), reason="docs/ is not beside the tests")
+@pytest.mark.parametrize("trunk", ["resnet18", "resnet34"])
+def test_the_documented_recipes_are_commands(command, monkeypatch, tmp_path, trunk):
+    """Taken as they are, on a folder that is not there: that alone is wrong. The networks they name can be built."""
+    from refinenet_fast.training import loop
+
+    found, opened = [], loop.open_data
+    monkeypatch.setattr(loop, "open_data", lambda settings, *rest: found.append(settings) or opened(settings, *rest))
+    section = DOCUMENTED.read_text().split("### CamVid from scratch")[1].split("\n## ")[0]
+    (words,) = [found for found in re.findall(r"timeout \d+ refinenet-fast (.*?)\n\n", section, re.S) if trunk in found]
+    words = words.replace("\\\n", " ").replace('"$REFINENET_FAST_CAMVID"', str(tmp_path / "none"))
+    words = words.replace("--out runs/", f"--out {tmp_path}/runs/").replace("--device cuda", "--device cpu")
+    code, _, err = command(words)
+    assert code == 1 and "none/images/train: expected a folder, there is none" in err
+    (settings,) = found
+    assert settings.num_classes == settings.ignore_value == 11 and not settings.pretrained
+    assert settings.trunk == trunk and not (tmp_path / "runs").exists()
+    RefineNet(11, **settings.network())
 
 
 def test_from_nothing_to_a_mask(command, tmp_path):

@@ -225,9 +225,15 @@ def test_a_scan_counts(data):
 
 
 def test_class_weights_are_the_inverse_of_shares():
-    weights = survey.class_weights(torch.tensor([10, 30, 0, 60]), 5)
+    weights = survey.class_weights(torch.tensor([10, 30, 0, 60]), 5, "balanced")
     assert weights[2] == weights[4] == 0 and weights[0] == pytest.approx(3 * weights[1])
     assert sum(weights) == pytest.approx(3)  # the classes there are
+
+
+def test_class_weights_by_the_logarithm_are_enets():
+    """1 / ln(1.02 + share), worked out by hand; classes that are not labelled anywhere count for nothing."""
+    weights = survey.class_weights(torch.tensor([1, 39, 0, 60]), 5, "log")
+    assert weights == pytest.approx([33.8309, 2.9104, 0, 2.0729, 0], abs=1e-4)
 
 
 # -- augmentation and order ---------------------------------------------------------------------------------------

@@ -99,6 +99,7 @@ def test_it_learns(data, tmp_path):
         {"precision": "float16", "optimizer": "adamw", "lr": 1e-3},
         {"ema": 0.5, "accumulate": 2, "class_weights": "balanced", "colour": 0.3},
         {"freeze_bn": True, "save_every": 1, "workers": 1, "val_scale": 0.5},
+        {"preset": "paper-2-scale", "trunk_stride": "3x3", "class_weights": "log", "crop": (64, 64)},
         {"val_split": "", "num_classes": 5, "scan": False},
     ],
     ids=lambda options: "-".join(options),
@@ -107,6 +108,32 @@ def test_options(data, tmp_path, options):
     train(settings(data, epochs=1, **options), tmp_path / "run")
     assert len(losses(tmp_path / "run")) == 3
     assert (tmp_path / "run" / "best.safetensors").exists()
+
+
+def test_every_third_epoch_and_the_last_are_validated(data, tmp_path):
+    wanted = settings(data, epochs=4, val_every=3)
+    train(wanted, tmp_path / "run")
+    assert [row["epoch"] for row in log(tmp_path / "run") if row["miou"]] == ["3", "4"]
+    train(dataclasses.replace(wanted, val_every=1), tmp_path / "each")
+    assert len([row for row in log(tmp_path / "each") if row["miou"]]) == 4
+    assert_same_weights(tmp_path / "run", tmp_path / "each")
+
+
+@pytest.mark.parametrize("stride", ["3x3", "1x1"])
+def test_the_trunks_stride_is_what_is_asked_for(stride):
+    wanted = settings(Path("data"), preset="paper", trunk="resnet50", trunk_stride=stride).network()
+    assert wanted["trunk_stride"] == stride
+    assert settings(Path("data"), preset="paper").network()["trunk_stride"] == "1x1"  # the preset's
+    assert "trunk_stride" not in settings(Path("data"), preset="light-weight").network()
+
+
+def test_the_loss_is_weighed_by_the_shares_of_classes(data, tmp_path):
+    """The first step's loss, before any weight of the network has changed."""
+    first = {}
+    for weighting in ("none", "balanced", "log"):
+        train(settings(data, epochs=1, val_split="", class_weights=weighting), tmp_path / weighting)
+        first[weighting] = losses(tmp_path / weighting)[0]
+    assert len({round(loss, 6) for loss in first.values()}) == 3, first
 
 
 def test_the_moving_average_is_what_is_kept(data, tmp_path):
@@ -192,10 +219,16 @@ def test_a_clock_tells_waiting_from_working(monkeypatch):
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
-def test_two_ranks_are_one_process_with_the_whole_batch(data, tmp_path):
-    """20 steps in float64, an odd image left for one rank in the last batch of each epoch; metrics are summed, too."""
+@pytest.mark.parametrize("again", [False, True], ids=["kept", "checkpoint-blocks"])
+def test_two_ranks_are_one_process_with_the_whole_batch(data, tmp_path, again):
+    """20 steps in float64, an odd image left for one rank in the last batch of each epoch; metrics are summed, too.
+
+    ``again``: the ranks compute their blocks again within the backward pass in which DistributedDataParallel sums the
+    gradients; the one process keeps all.
+    """
     options = {"epochs": 7, "batch": 2, "dropout": 0.0, "freeze_bn": True, "precision": "float64"}
     wanted = settings(data, **options)  # 5 images in batches of 2, 2, 1
+    divided = dataclasses.replace(wanted, checkpoint_blocks=again)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -204,7 +237,7 @@ def test_two_ranks_are_one_process_with_the_whole_batch(data, tmp_path):
     ranks = []
     for rank in ("0", "1"):
         own = environment | {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
-        ranks.append(processes().Process(target=train_quietly, args=(wanted, tmp_path / "two", False, own)))
+        ranks.append(processes().Process(target=train_quietly, args=(divided, tmp_path / "two", False, own)))
     for process in (alone, *ranks):
         process.start()
     for process in (alone, *ranks):
@@ -423,9 +456,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path):
     [
         ({"lr": -1.0}, "lr: expected more than 0, got -1.0"),
         ({"batch": 0}, "batch: expected 1 or more, got 0"),
+        ({"val_every": 0}, "val_every: expected 1 or more, got 0"),
+        ({"trunk_stride": "2x2"}, "trunk_stride: expected one of 3x3, 1x1, got '2x2'"),
+        ({"trunk_stride": "1x1", "trunk": "resnet18"}, "trunk_stride: expected '3x3' for trunk 'resnet18', which"),
         ({"optimizer": "lion"}, "optimizer: expected one of sgd, adamw, got 'lion'"),
         ({"scales": (2.0, 1.0)}, r"scales: expected two positive factors, the smaller first, got \(2.0, 1.0\)"),
         ({"crop": (32, 32)}, "crop: expected more than 32 pixels where batch norm is not frozen, got"),
+        ({"crop": (54, 54), "preset": "paper-2-scale"}, "crop: expected more than 54 pixels where batch norm is not"),
         ({"device": "abacus"}, "device: expected auto, cpu, cuda or cuda:<n>, got 'abacus'"),
         ({"trunk": "resnet19"}, "trunk: expected the name of a timm model, got 'resnet19'; similar names"),
         ({"num_classes": 3}, "num_classes: expected 5, as many as the data set names, got 3"),

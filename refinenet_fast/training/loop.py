@@ -114,7 +114,7 @@ class Trainer:
         pixels = self.data.surveys[self.data.train.name].pixels.clone()
         if self.settings.ignore_value < len(pixels):
             pixels[self.settings.ignore_value] = 0
-        weights = survey.class_weights(pixels, self.data.train.num_classes)
+        weights = survey.class_weights(pixels, self.data.train.num_classes, self.settings.class_weights)
         return torch.tensor(weights, dtype=self.model.classifier.weight.dtype, device=self.group.device)
 
     @property
@@ -140,7 +140,7 @@ class Trainer:
                 seconds, waited = self.clock.lap()
                 self._log(loss=value, lr=lr, seconds=seconds, waited=waited)
             with self.clock.paused():
-                if ends and self.data.val is not None:
+                if ends and self._validates():
                     self._validate()
                 if saves:
                     self._save()
@@ -224,6 +224,11 @@ class Trainer:
         if not math.isfinite(value):
             raise BadInput(f"step {self.step}: expected a finite loss, got {value}; a lower --lr may help")
         return value
+
+    def _validates(self) -> bool:
+        """Whether the epoch that has ended is one of those that are validated."""
+        last = self.step == self.steps
+        return self.data.val is not None and (last or self._epoch() % self.settings.val_every == 0)
 
     def _log(self, **values: float) -> None:
         if self.group.first:

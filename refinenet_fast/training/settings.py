@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from refinenet_fast.training.data import LAYOUTS
 from refinenet_fast.training.files import BadInput
+from refinenet_fast.training.survey import WEIGHTINGS
+from refinenet_fast.trunks import STRIDES
 from refinenet_fast.variants import PRESETS
 
 OPTIMIZERS = ("sgd", "adamw")
 PRECISIONS = ("float32", "bfloat16", "float16", "float64")
-WEIGHTINGS = ("none", "balanced")
 # What may differ when a run goes on: nothing of it changes the result.
 FREE = {
     *("data", "device", "workers", "log_every", "save_every", "scan"),
@@ -25,6 +27,7 @@ _CHOICES = {
     "precision": PRECISIONS,
     "class_weights": WEIGHTINGS,
     "preset": tuple(PRESETS),
+    "trunk_stride": (None, *STRIDES),
 }
 
 
@@ -42,6 +45,9 @@ class TrainSettings:
 
     preset: Annotated[str, f"Network: {', '.join(PRESETS)}."] = "pytorch-port"
     trunk: Annotated[str | None, "timm's name of the trunk; by default the preset's."] = None
+    trunk_stride: Annotated[
+        str | None, f"Which convolution of a bottleneck has the stride: {', '.join(STRIDES)}; by default the preset's."
+    ] = None
     pretrained: Annotated[bool, "Start from the trunk's ImageNet weights."] = True
     width: Annotated[int, "Channels of the decoder's blocks."] = 256
     deep_width: Annotated[int | None, "Channels of its deepest block; by default twice the width."] = None
@@ -55,6 +61,7 @@ class TrainSettings:
     flip: Annotated[float, "Probability of mirroring an image."] = 0.5
     colour: Annotated[float, "How far brightness, contrast and saturation are changed; 0.3 is 30 percent."] = 0.0
     val_scale: Annotated[float, "Validation images are scaled by this; the scores are at the mask's own size."] = 1.0
+    val_every: Annotated[int, "Epochs between two validations, beside the one at the end."] = 1
 
     epochs: Annotated[int, "Times that every image is seen."] = 100
     batch: Annotated[int, "Images of a step, over all devices and accumulated parts."] = 8
@@ -65,9 +72,9 @@ class TrainSettings:
     momentum: Annotated[float, "Of SGD."] = 0.9
     weight_decay: Annotated[float, "Of every parameter."] = 5e-4
     power: Annotated[float, "The rate falls as (1 - step / steps) to this power."] = 0.9
-    class_weights: Annotated[str, f"{', '.join(WEIGHTINGS)} (each class by the inverse of its share of pixels)."] = (
-        "none"
-    )
+    class_weights: Annotated[
+        str, "Of the loss: none, balanced (1 / share of pixels), log (the milder 1 / log(1.02 + share) of ENet)."
+    ] = "none"
     ema: Annotated[
         float, "Decay of a moving average of the weights, which is then what is scored and kept; 0: none."
     ] = 0.0
@@ -92,8 +99,9 @@ class TrainSettings:
     def __post_init__(self) -> None:
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
-                raise BadInput(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
-        for name in ("width", "epochs", "batch", "accumulate", "log_every"):
+                words = ", ".join(word for word in known if word is not None)
+                raise BadInput(f"{name}: expected one of {words}, got {getattr(self, name)!r}")
+        for name in ("width", "val_every", "epochs", "batch", "accumulate", "log_every"):
             if getattr(self, name) < 1:
                 raise BadInput(f"{name}: expected 1 or more, got {getattr(self, name)}")
         for name in ("save_every", "trunk_scale", "momentum", "weight_decay", "power", "colour", "ignore_value"):
@@ -107,18 +115,21 @@ class TrainSettings:
                 raise BadInput(f"{name}: expected a fraction from 0 to 1, got {getattr(self, name)}")
         if min(self.crop) < 1:
             raise BadInput(f"crop: expected two positive sizes, got {self.crop}")
-        if max(self.crop) <= 32 and not self.network()["freeze_bn"]:  # one value a channel where maps are deepest
-            raise BadInput(f"crop: expected more than 32 pixels where batch norm is not frozen, got {self.crop}")
+        network = self.network()
+        smallest = min(network.get("scales", (1.0,)))
+        if round(max(self.crop) * smallest) <= 32 and not network["freeze_bn"]:  # one value a channel in a deepest map
+            more = math.floor(32.5 / smallest)
+            raise BadInput(f"crop: expected more than {more} pixels where batch norm is not frozen, got {self.crop}")
         if not 0 < self.scales[0] <= self.scales[1]:
             raise BadInput(f"scales: expected two positive factors, the smaller first, got {self.scales}")
 
     def network(self) -> dict[str, Any]:
         """Arguments of ``RefineNet``, but for ``num_classes`` and whether the trunk is pretrained."""
         freeze = self.pretrained if self.freeze_bn is None else self.freeze_bn
-        named = {} if self.trunk is None else {"trunk": self.trunk}
+        named = {"trunk": self.trunk, "trunk_stride": self.trunk_stride}
         return {
             **PRESETS[self.preset],
-            **named,
+            **{name: value for name, value in named.items() if value is not None},
             "width": self.width,
             "deep_width": self.deep_width or 2 * self.width,
             "dropout": self.dropout,

@@ -15,6 +15,8 @@ from torch import Tensor
 from refinenet_fast.training.data import Split
 from refinenet_fast.training.files import BadInput
 
+WEIGHTINGS = ("none", "balanced", "log")
+_LOG_OFFSET = 1.02  # c in ENet, section 5.2: the weights lie between 1 / log(c + 1) = 1.4 and 1 / log(c) = 50
 Progress = Callable[[str, Iterable[Any], int], Iterable[Any]]  # wraps items: what they are, they, how many
 
 
@@ -90,8 +92,17 @@ def infer_classes(surveys: Iterable[Survey], ignore_value: int) -> int:
 def class_weights(
     pixels: Tensor,  # (V,) int64
     num_classes: int,
+    weighting: str,
 ) -> list[float]:
-    """Each class by the inverse of its share of pixels, with mean 1; 0 for a class that there is none of."""
+    """The loss's weight of each class, by its share of the labelled pixels; 0 for a class that there is none of.
+
+    Args:
+        weighting: ``"balanced"``: 1 / share, with mean 1. ``"log"``: 1 / log(1.02 + share) (ENet, Paszke et al. 2016,
+            section 5.2), of which the rarest classes get 35 times as much as a class that is everywhere, and no more.
+    """
     counts = _padded(pixels, max(num_classes, len(pixels)))[:num_classes].double()
-    inverse = torch.where(counts > 0, counts.sum() / counts.clamp(min=1), 0)
-    return (inverse * (counts > 0).sum() / inverse.sum()).tolist()
+    share, present = counts / counts.sum(), counts > 0
+    if weighting == "log":
+        return torch.where(present, 1 / torch.log(_LOG_OFFSET + share), 0).tolist()
+    inverse = torch.where(present, 1 / share, 0)
+    return (inverse * present.sum() / inverse.sum()).tolist()
