@@ -9,6 +9,7 @@ on the way: finite input below 1e30 gives no NaN as long as weights stay below 1
 from __future__ import annotations
 
 import functools
+import os
 
 import torch
 from torch import Tensor
@@ -92,8 +93,9 @@ def _few_products(asked: Question) -> bool:
 
 @functools.lru_cache(maxsize=1)
 def _multiplies_bfloat16() -> bool:
-    """Whether the processor multiplies matrices of bfloat16 (AMX), many times faster than vectors of float32."""
-    return torch.cpu._is_amx_tile_supported()
+    """Whether oneDNN multiplies matrices of bfloat16 here (AMX), many times faster than vectors of float32."""
+    most = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()  # what it may use, by its documentation
+    return torch.cpu._is_amx_tile_supported() and (most in ("ALL", "DEFAULT") or "AMX" in most)
 
 
 def fuses(
