@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy as copying
 import functools
+import inspect
 import math
 import warnings
 from collections.abc import Iterator
@@ -56,8 +57,9 @@ def accelerate(model: Model, *, copy: bool = False) -> Model:
 
     Parameters stay where they are: ``state_dict`` is unchanged, training goes on, autocast and ``torch.compile`` (after
     this call) work. Batch norm is folded in eval, anew at each call; in training, and where hooks sit on a block's
-    children, the block's own forward runs. Results are in ``channels_last`` memory. A block whose ReLU works in place
-    no longer overwrites its input.
+    children, the block's own forward runs; so it does under ``torch.func``, forward-mode derivatives and
+    ``torch.jit.trace``, and where a call's arguments are not those of the ops. Gradients of gradients raise. Results
+    are in ``channels_last`` memory. A block whose ReLU works in place no longer overwrites its input.
 
     Args:
         model: Any module; changed in place, unless
@@ -189,7 +191,8 @@ def _trial(adapter: Adapter, block: nn.Module) -> str | None:
                 want = original(*map(torch.clone, args), **kwargs)
             except Exception as error:
                 return f"its own forward failed on a small input: {error}"
-            off = _difference(adapter.fused(twin, *args, **kwargs), want)
+            got = adapter.fused(twin, *args, **kwargs) if adapter.takes(twin, *args, **kwargs) else None
+            off = _difference(got, want)
             if not off <= TOLERANCE:
                 return (
                     f"on a small input its result is not that of {adapter.op}: it differs by {off:.1e} of the largest"
@@ -239,16 +242,32 @@ def _replace(module: nn.Module, adapter: Adapter | None) -> None:
 @functools.cache
 def _accelerated(kind: Any, adapter: Adapter) -> type[nn.Module]:
     """The subclass of a block's class whose forward is the adapter's."""
+    parameters = list(inspect.signature(kind.forward).parameters.values())[1:]
+    names = [p.name for p in parameters if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
 
     @functools.wraps(kind.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-        return adapter.forward(self, functools.partial(kind.forward, self), *args, **kwargs)
+        maps, options = _in_order(names, args, kwargs)
+        return adapter.forward(self, functools.partial(kind.forward, self, *args, **kwargs), *maps, **options)
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
         return _blank, (kind, adapter), self.__getstate__()  # a pickle names the block's own class
 
     named = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
     return type(kind.__name__, (kind,), {**named, MARK: adapter, "forward": forward, "__reduce_ex__": __reduce_ex__})
+
+
+def _in_order(
+    names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call as adapters take them: maps by position, the size by name, however they were given."""
+    options = {**dict(zip(names, args)), **kwargs}
+    maps = args[len(names) :]
+    for name in names:
+        if name == "size" or name not in options:
+            break
+        maps = (*maps, options.pop(name))
+    return maps, options
 
 
 def _blank(kind: Any, adapter: Adapter) -> nn.Module:

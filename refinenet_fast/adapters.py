@@ -14,14 +14,14 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from refinenet_fast.blocks import Convolution, is_bare
-from refinenet_fast.ops import crp, fuse, rcu_run
-from refinenet_fast.ops._check import DTYPES
+from refinenet_fast.ops import _check, crp, fuse, rcu_run
 
 MARK = "refinenet_fast_adapter"  # the attribute by which the class of an accelerated block is known
-Forward = Callable[..., Tensor]
+Forward = Callable[[], Tensor]
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 Parameters = tuple[Tensor, Tensor | None]  # (K, C, R, R); (K,)
 
@@ -39,18 +39,23 @@ class Adapter(ABC):
             AttributeError: The block has no such parts; says which.
         """
 
+    def takes(self, block: Any, *args: Any, **kwargs: Any) -> bool:
+        """Whether a call with these arguments is one that the ops cover: by default, one with a single map."""
+        return len(args) == 1 and not kwargs and _are_maps(*args)
+
     @abstractmethod
     def fused(self, block: Any, *args: Any, **kwargs: Any) -> Tensor | None:  # (N, C, H, W)
-        """The block's result by the ops; None where they do not cover these arguments."""
+        """The block's result by the ops; None where they do not cover maps of these shapes."""
 
     @abstractmethod
     def trials(self, block: Any, data: Callable[..., Tensor]) -> list[Arguments]:
         """Arguments to try the block with; ``data(n, c, h, w)`` makes a map."""
 
     def forward(self, block: nn.Module, original: Forward, *args: Any, **kwargs: Any) -> Tensor:  # (N, C, H, W)
-        """By the ops, or by the block's own forward where they cannot."""
-        y = self.fused(block, *args, **kwargs) if self.hindrance(block) is None else None
-        return original(*args, **kwargs) if y is None else y
+        """By the ops, or by ``original``, the block's own forward on these arguments, where they cannot."""
+        covered = self.takes(block, *args, **kwargs) and not _is_transformed() and self.hindrance(block) is None
+        y = self.fused(block, *args, **kwargs) if covered else None
+        return original() if y is None else y
 
     def hindrance(self, block: nn.Module) -> str | None:
         """Why the block's own forward has to run, as the block is now; None where nothing stands in the way."""
@@ -77,9 +82,31 @@ def is_plain(conv: nn.Module) -> bool:
     return type(conv).forward is nn.Conv2d.forward and type(conv)._conv_forward is nn.Conv2d._conv_forward
 
 
-def _fits(*maps: Tensor | None) -> bool:
-    """Whether these are batches of floating maps, which the ops take."""
-    return all(x is None or (x.dim() == 4 and x.dtype in DTYPES) for x in maps)
+def _are_maps(*maps: Any) -> bool:
+    """Whether these are dense batches of floating maps, which the ops take, or None."""
+    return all(x is None or _is_map(x) for x in maps)
+
+
+def _is_map(x: Any) -> bool:
+    dense = isinstance(x, Tensor) and x.layout == torch.strided and not x.is_nested
+    return dense and x.dim() == 4 and x.dtype in _check.DTYPES
+
+
+def _is_size(value: Any) -> bool:
+    """Whether the ops can upsample to it; ``F.interpolate`` takes more, a single integer for instance."""
+    try:
+        _check.size(value, "size")
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _is_transformed() -> bool:
+    """Whether torch.func, forward-mode derivatives or torch.jit.trace, which the ops do not know, are at work."""
+    if torch.compiler.is_dynamo_compiling():
+        return False
+    transformed = torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
+    return transformed or torch.jit.is_tracing()
 
 
 def _folded(conv: Any, norm: Any) -> Parameters:
@@ -126,8 +153,8 @@ class Unit(Adapter):
         (w1, b1), (w2, b2) = map(_folded, self._convs(unit), self._norms(unit))
         return w1, b1, w2, b2
 
-    def fused(self, block: Any, x: Tensor) -> Tensor | None:  # (N, C, H, W), both
-        return rcu_run(x, [self.parameters(block)], self.skip) if _fits(x) else None
+    def fused(self, block: Any, x: Tensor) -> Tensor:  # (N, C, H, W), both
+        return rcu_run(x, [self.parameters(block)], self.skip)
 
     def trials(self, block: Any, data: Callable[..., Tensor]) -> list[Arguments]:
         return [((data(2, self._convs(block)[0].in_channels, 5, 6),), {})]
@@ -151,9 +178,9 @@ class Units(Adapter):
         for unit in self._convs(block):
             yield from unit
 
-    def fused(self, block: Any, x: Tensor) -> Tensor | None:  # (N, C, H, W), both
+    def fused(self, block: Any, x: Tensor) -> Tensor:  # (N, C, H, W), both
         units = [(a.weight, a.bias, b.weight, b.bias) for a, b in self._convs(block)]
-        return rcu_run(x, units) if _fits(x) else None
+        return rcu_run(x, units)
 
     def trials(self, block: Any, data: Callable[..., Tensor]) -> list[Arguments]:
         return [((data(2, self._convs(block)[0][0].in_channels, 5, 6),), {})]
@@ -172,9 +199,9 @@ class Pooling(Adapter):
     def parts(self, block: Any) -> Iterator[nn.Module]:
         yield from self._convs(block)
 
-    def fused(self, block: Any, x: Tensor) -> Tensor | None:  # (N, C, H, W), both
+    def fused(self, block: Any, x: Tensor) -> Tensor:  # (N, C, H, W), both
         convs = self._convs(block)
-        return crp(x, [c.weight for c in convs], [c.bias for c in convs], relu=False) if _fits(x) else None
+        return crp(x, [c.weight for c in convs], [c.bias for c in convs], relu=False)
 
     def trials(self, block: Any, data: Callable[..., Tensor]) -> list[Arguments]:
         return [((data(2, self._convs(block)[0].in_channels, 9, 8),), {})]
@@ -221,17 +248,20 @@ class Fusion(Adapter):
         if projection is not None:
             yield projection
 
+    def takes(self, block: Any, *args: Any, **kwargs: Any) -> bool:
+        """One map or two, and a size, given or the block's own."""
+        sizes = [size for size in (kwargs.pop("size", None), getattr(block, "size", None)) if size is not None]
+        maps = len(args) in (1, 2) and args[0] is not None and _are_maps(*args)
+        return maps and not kwargs and all(map(_is_size, sizes))
+
     def fused(
         self,
         block: Any,
         first: Tensor,  # (N, C, H, W)
         second: Tensor | None = None,  # (N, C, H, W)
         size: tuple[int, int] | None = None,
-        **others: Any,
     ) -> Tensor | None:  # (N, K, H', W')
         below, skip = (second, first) if self.skip_first else (first, second)
-        if not _fits(first, second) or any(value is not None for value in others.values()):
-            return None
         if below is not None and skip is not None and below.shape != skip.shape:
             if not self.resizes or skip.shape[:2] != below.shape[:2]:
                 return None
@@ -290,8 +320,8 @@ class Plain(Adapter):
     def parts(self, block: Any) -> Iterator[nn.Module]:
         return iter(())
 
-    def fused(self, block: Any, x: Tensor) -> Tensor | None:  # (N, C, H, W); (N, K, H, W)
-        return fuse([x], [block.weight], [block.bias]) if _fits(x) else None
+    def fused(self, block: Any, x: Tensor) -> Tensor:  # (N, C, H, W); (N, K, H, W)
+        return fuse([x], [block.weight], [block.bias])
 
     def trials(self, block: Any, data: Callable[..., Tensor]) -> list[Arguments]:
         return [((data(2, block.in_channels, 5, 6),), {})]

@@ -14,26 +14,11 @@ from torch import Tensor, nn
 
 import ports
 import refinenet_fast
+from ports import image, randomised
 from refinenet_fast import RefineNet, accelerate, explain, restore
 from refinenet_fast.testing import relative_l2
 
 SIZES = [(6, 4), (14, 10), (2, 18)]
-
-
-def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
-    """In eval, with normal weights, biases and statistics."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(torch.randn(p.shape, generator=generator) / (p[0].numel() ** 0.5 if p.dim() > 1 else 2))
-        for b in model.buffers():
-            if b.is_floating_point():
-                b.copy_(torch.randn(b.shape, generator=generator).abs() + 0.5)
-    return model.eval()
-
-
-def image(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=dtype)
 
 
 def gradients(model: nn.Module, *xs: Tensor) -> list[Tensor]:
