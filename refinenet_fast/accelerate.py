@@ -18,14 +18,16 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from refinenet_fast import blocks
-from refinenet_fast.adapters import ADAPTERS, MARK, Adapter, Plain, is_plain
+from refinenet_fast.adapters import ADAPTERS, MARK, SETTINGS, Adapter, Plain, is_plain
 from refinenet_fast.backends import use_backend
 
 Model = TypeVar("Model", bound=nn.Module)
 OWN = (blocks.RefineNetBlock, blocks.ResidualConvUnit, blocks.ResidualConvUnits, blocks.ChainedResidualPooling,
        blocks.MultiResolutionFusion, blocks.Convolution)  # fmt: skip
+SPREAD = 30.0  # standard deviation of a trial's maps: an activation with a ceiling, ReLU6 for one, is to meet it
 TOLERANCE = 1e-4  # of a trial in float32, relative to the largest value
 
 
@@ -56,10 +58,11 @@ def accelerate(model: Model, *, copy: bool = False) -> Model:
     stride 1 follow.
 
     Parameters stay where they are: ``state_dict`` is unchanged, training goes on, autocast and ``torch.compile`` (after
-    this call) work. Batch norm is folded in eval, anew at each call; in training, and where hooks sit on a block's
-    children, the block's own forward runs; so it does under ``torch.func``, forward-mode derivatives and
-    ``torch.jit.trace``, and where a call's arguments are not those of the ops. Gradients of gradients raise. Results
-    are in ``channels_last`` memory. A block whose ReLU works in place no longer overwrites its input.
+    this call) work. Batch norm is folded in eval, anew at each call. The block's own forward runs in training with
+    batch norm, where hooks sit on its children, where its activation or another part has been changed since, under
+    ``torch.func``, forward-mode derivatives and ``torch.jit.trace``, and for arguments that are not those of the ops.
+    Gradients of gradients raise. Results are in ``channels_last`` memory. A block whose ReLU works in place no longer
+    overwrites its input.
 
     Args:
         model: Any module; changed in place, unless
@@ -90,6 +93,7 @@ def restore(model: Model) -> Model:
     """Undo :func:`accelerate`: every block has its own class and forward again. Returns the model."""
     for module in model.modules():
         kind = type(module)
+        module.__dict__.pop(SETTINGS, None)
         if MARK in vars(kind):
             module.__class__ = kind.__base__
         elif _adapter(module) is not None:  # parametrized since: its class, of this one block, is derived from ours
@@ -177,53 +181,68 @@ def _chosen(place: _Place) -> tuple[Adapter | None, str | None]:
 
 def _trial(adapter: Adapter, block: nn.Module) -> str | None:
     """Why the ops do not compute what the block computes, for a copy with random weights; None if they do."""
-    try:
-        twin = _twin(block)
-    except Exception as error:  # whatever another library's module raises when it is copied
-        return f"it cannot be copied for a trial: {error}"
-    reason = adapter.hindrance(twin)
-    if reason is not None:
-        return reason
-    original = functools.partial(type(twin).forward, twin)
-    with torch.no_grad(), torch.autocast("cpu", enabled=False), use_backend("auto"):
-        for args, kwargs in adapter.trials(twin, _Normal()):
-            try:  # whatever a block of another meaning raises
-                want = original(*map(torch.clone, args), **kwargs)
-            except Exception as error:
-                return f"its own forward failed on a small input: {error}"
-            got = adapter.fused(twin, *args, **kwargs) if adapter.takes(twin, *args, **kwargs) else None
-            off = _difference(got, want)
-            if not off <= TOLERANCE:
-                return (
-                    f"on a small input its result is not that of {adapter.op}: it differs by {off:.1e} of the largest"
-                )
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]), use_backend("auto"):
+        try:
+            twin = _twin(block)
+        except Exception as error:  # whatever another library's module raises when it is copied
+            return f"it cannot be copied for a trial: {error}"
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            try:
+                return _eval_and_training(adapter, twin)
+            except Exception as error:  # whatever a block of another meaning has in the places of a block's parts
+                return f"the ops cannot run its parts: {error}"
+
+
+def _eval_and_training(adapter: Adapter, twin: nn.Module) -> str | None:
+    """Of training all but batch norm, in which the ops are not used: what drops values at random, for one, is found."""
+    for training in (False, True):
+        for module in twin.modules():
+            module.training = training and not isinstance(module, _BatchNorm)
+        reason = adapter.hindrance(twin) or _calls(adapter, twin)
+        if reason is not None:
+            return f"in training, {reason}" if training else reason
     return None
 
 
+def _calls(adapter: Adapter, twin: nn.Module) -> str | None:
+    """One after another, those that the block itself takes: not every one does without a skip, or with one."""
+    tried, failure = 0, None
+    for args, kwargs in adapter.trials(twin, _Normal(SPREAD)):
+        try:  # whatever a block of another meaning raises
+            want = type(twin).forward(twin, *map(torch.clone, args), **kwargs)
+        except Exception as error:
+            failure = error
+            continue
+        tried += 1
+        got = adapter.fused(twin, *args, **kwargs) if adapter.takes(twin, *args, **kwargs) else None
+        off = _difference(got, want)
+        if not off <= TOLERANCE:
+            return f"on a small input its result is not that of {adapter.op}: it differs by {off:.1e} of the largest"
+    return None if tried else f"its own forward failed on small inputs: {failure}"
+
+
 def _twin(block: nn.Module) -> nn.Module:
-    """A copy in float32 and eval on the CPU, without hooks, its parameters and statistics random."""
-    twin = copying.deepcopy(block).to_empty(device="cpu").float().eval()
+    """A copy in float32 on the CPU, its parameters and statistics random; without hooks, which may hold anything."""
+    hooks = {id(value): type(value)() for m in block.modules() for k, value in vars(m).items() if k.endswith("_hooks")}
+    twin = copying.deepcopy(block, hooks).to_empty(device="cpu").float()
     data = _Normal()
     with torch.no_grad():
         for p in twin.parameters():
             p.copy_(data(*p.shape) / math.sqrt(max(1, p[0].numel()) if p.dim() > 1 else 1))
         for b in twin.buffers():
             b.copy_((data(*b.shape).abs() + 0.5) if b.is_floating_point() else torch.zeros_like(b))
-    for module in twin.modules():
-        for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks):
-            hooks.clear()
-        module._backward_pre_hooks.clear()
     return twin
 
 
 class _Normal:
     """Normal values, the same in every process, without a step of PyTorch's own generator."""
 
-    def __init__(self) -> None:
+    def __init__(self, scale: float = 1.0) -> None:
         self.generator = torch.Generator().manual_seed(0)
+        self.scale = scale
 
     def __call__(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self.generator)
+        return self.scale * torch.randn(shape, generator=self.generator, dtype=torch.float32)
 
 
 def _difference(got: Any, want: Any) -> float:
@@ -236,6 +255,7 @@ def _difference(got: Any, want: Any) -> float:
 def _replace(module: nn.Module, adapter: Adapter | None) -> None:
     if adapter is not None:
         kind: Any = type(module)
+        module.__dict__[SETTINGS] = adapter.settings(module)
         module.__class__ = _accelerated(kind, adapter)
 
 

@@ -6,11 +6,12 @@ whether a block computes what the ops do is for a trial to find out (:mod:`refin
 
 from __future__ import annotations
 
+import functools
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +22,12 @@ from refinenet_fast.blocks import Convolution, is_bare
 from refinenet_fast.ops import _check, crp, fuse, rcu_run
 
 MARK = "refinenet_fast_adapter"  # the attribute by which the class of an accelerated block is known
+SETTINGS = "_refinenet_fast_settings"  # that of the block itself with what it was when it was accelerated
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 Forward = Callable[[], Tensor]
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 Parameters = tuple[Tensor, Tensor | None]  # (K, C, R, R); (K,)
+Settings = tuple[tuple[str, type | None, tuple[tuple[str, Any], ...]], ...]  # name, class, attributes of each module
 
 
 class Adapter(ABC):
@@ -64,7 +68,7 @@ class Adapter(ABC):
         except AttributeError as error:
             return f"parts that its class should have: {error}"
         for part in parts:
-            if isinstance(part, _BatchNorm):
+            if _is_norm(part):
                 if part.training or part.running_mean is None:
                     return "batch norm in training, or without statistics"
             elif not is_plain(part):
@@ -72,14 +76,61 @@ class Adapter(ABC):
         for name, child in block.named_modules():
             if child is not block and not is_bare(child):
                 return f"{name!r} has hooks, another forward or is compiled by itself; its own forward would not run"
-        return None
+        return _change(block)
+
+    def settings(self, block: nn.Module) -> Settings:
+        """What decides, beside its parts, what a block computes: activations, flags, factors."""
+        parts = set(self.parts(block))
+        others = [entry for entry in block.named_modules(remove_duplicate=False) if entry[1] not in parts]
+        ours = [module is block or hasattr(type(module), MARK) for _, module in others]  # classes that we change
+        return tuple(
+            (name, None if known else type(module), tuple(_attributes(module)))
+            for (name, module), known in zip(others, ours, strict=True)
+        )
 
 
 def is_plain(conv: nn.Module) -> bool:
-    """Whether it is a convolution that the ops can run, and its class does nothing else with its weight."""
-    if not isinstance(conv, nn.Conv2d) or not Convolution.covers(conv):
+    """Whether it is a convolution that the ops can run, and nothing else is done with its weight."""
+    if not isinstance(conv, nn.Conv2d) or not Convolution.covers(conv) or "_conv_forward" in conv.__dict__:
         return False
-    return type(conv).forward is nn.Conv2d.forward and type(conv)._conv_forward is nn.Conv2d._conv_forward
+    kind: Any = type(conv)
+    ours = isinstance(getattr(kind, MARK, None), Plain)
+    return (ours or kind.forward is nn.Conv2d.forward) and kind._conv_forward is nn.Conv2d._conv_forward
+
+
+def _is_norm(module: nn.Module) -> TypeGuard[_BatchNorm]:
+    """Whether it is a batch norm and nothing more, as some with an activation inside are."""
+    return isinstance(module, _BatchNorm) and type(module).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+
+
+def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Those of its own that can decide what it computes, with their values."""
+    for name, value in vars(module).items():
+        simple = value is None or isinstance(value, bool | int | float | str) or callable(value)
+        if simple and name not in _OF_EVERY_MODULE and not name.startswith("__"):
+            yield name, _contents(value)
+
+
+def _contents(value: Any) -> Any:
+    """``value``, or what a partial function consists of: these have no equality, and under Dynamo no identity."""
+    if isinstance(value, functools.partial):
+        return value.func, value.args, tuple(value.keywords.items())
+    return value
+
+
+def _change(block: nn.Module) -> str | None:
+    """What is no longer as it was when the block was accelerated, if anything is."""
+    modules = dict(block.named_modules(remove_duplicate=False))
+    for name, kind, attributes in getattr(block, SETTINGS, ()):
+        module = modules.get(name)
+        if module is None or (kind is not None and type(module) is not kind):
+            return f"{name!r} has been replaced since; restore and accelerate again"
+        for attribute, then in attributes:
+            now = _contents(getattr(module, attribute, None))
+            if now is not then and (type(now) is not type(then) or now != then):
+                which = f"{name}.{attribute}" if name else attribute
+                return f"{which!r} has been changed since; restore and accelerate again"
+    return None
 
 
 def _are_maps(*maps: Any) -> bool:
@@ -236,7 +287,7 @@ class Fusion(Adapter):
         units = [getattr(block, self.unit2)]
         if first is not None and not isinstance(first, nn.Identity):
             units.insert(0, first)
-        adapters = [getattr(unit, MARK, None) for unit in units]
+        adapters = [getattr(type(unit), MARK, None) for unit in units]  # not the unit's: wrappers pass attributes on
         if not all(isinstance(adapter, Unit) for adapter in adapters):
             raise AttributeError("its residual conv units are left alone")
         return list(zip(units, adapters, strict=True))
@@ -318,7 +369,7 @@ class Plain(Adapter):
     op = "conv3x3"
 
     def parts(self, block: Any) -> Iterator[nn.Module]:
-        return iter(())
+        yield block
 
     def fused(self, block: Any, x: Tensor) -> Tensor:  # (N, C, H, W); (N, K, H, W)
         return fuse([x], [block.weight], [block.bias])

@@ -85,6 +85,14 @@ class FeatureFusionBlock_custom(nn.Module):
         return self.out_conv(output)
 
 
+class FeatureFusionBlock_vggt(FeatureFusionBlock_custom):
+    """VGGT, where it is called ``FeatureFusionBlock``: a block with a unit for a skip has to be given one."""
+
+    def forward(self, *xs: Tensor, size: tuple[int, int] | None = None) -> Tensor:  # (N, C, H, W) each; (N, K, H', W')
+        maps = (xs[0], xs[1]) if hasattr(self, "resConfUnit1") else xs[:1]
+        return super().forward(*maps, size=size)
+
+
 class RCUBlock(nn.Module):
     """refinenet-pytorch: residual conv units in a row."""
 

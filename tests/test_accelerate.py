@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import re
+import threading
 import warnings
 
 import pytest
@@ -82,6 +83,14 @@ def test_a_block_without_a_skip():
     block = randomised(ports.FeatureFusionBlock_custom(6, has_residual=False, inplace=True))
     assert_same(block, (2, 6, 5, 7))
     assert replaced(accelerate(block)) == {"": "rcu, fuse", "resConfUnit2": "rcu"}
+
+
+def test_a_block_that_has_to_be_given_its_skip():
+    block = randomised(ports.FeatureFusionBlock_vggt(6, inplace=True))
+    fast = accelerate(block, copy=True)
+    assert replaced(fast) == {"": "rcu, fuse", "resConfUnit1": "rcu", "resConfUnit2": "rcu"}
+    x, skip = image(1, 6, 5, 4), image(1, 6, 5, 4) + 1
+    assert relative_l2(fast(x, skip, size=(9, 7)), block(x.clone(), skip.clone(), size=(9, 7))) < 1e-6
 
 
 @pytest.mark.parametrize("kernel_size", [1, 3])
@@ -295,6 +304,27 @@ class ScaledConvolution(nn.Conv2d):
         return super().forward(x) * 1.0
 
 
+class ResidualConvUnit_dropping(ports.ResidualConvUnit):
+    """In eval it computes what the others do."""
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W), both
+        return x + F.dropout(super().forward(x) - x, 0.1, self.training)
+
+
+class CRPBlock_of_pyramids(ports.CRPBlock):
+    """Of another meaning: its stages are sizes."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 2)
+        self.n_stages = [1, 2]
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W), both
+        return x
+
+
+CRPBlock_of_pyramids.__name__ = "CRPBlock"
+
+
 def grouped(unit: nn.Module) -> nn.Module:
     unit.conv2 = nn.Conv2d(8, 8, 3, padding=1, groups=2)
     return unit
@@ -313,6 +343,9 @@ def bare(unit: nn.Module) -> nn.Module:
 LOOKALIKES = {
     "another sum": (lambda: ResidualConvUnit_other(8, nn.ReLU()), "not that of rcu: it differs by"),
     "another activation": (lambda: ports.ResidualConvUnit(8, nn.GELU()), "not that of rcu: it differs by"),
+    "an activation with a ceiling": (lambda: ports.ResidualConvUnit(8, nn.ReLU6()), "not that of rcu: it differs by"),
+    "dropout": (lambda: ResidualConvUnit_dropping(8, nn.ReLU()), "in training, on a small input .* not that of rcu"),
+    "other attributes": (CRPBlock_of_pyramids, "the ops cannot run its parts: .*list"),
     "grouped": (lambda: grouped(ports.ResidualConvUnit(8, nn.ReLU())), "expected plain 3x3 or 1x1 .*groups=2"),
     "adapted": (lambda: adapted(ports.ResidualConvUnit(8, nn.ReLU())), "expected plain 3x3 or 1x1 .*ScaledConv"),
     "no parts": (lambda: bare(ports.ResidualConvUnit(8, nn.ReLU())), "parts that its class should have: .*conv2"),
@@ -331,6 +364,44 @@ def test_a_lookalike_is_left_alone_and_named(case):
     assert rows["0"].op is None and type(model[0]) is kind
     assert re.search(reason, rows["0"].reason)
     assert rows["1"].op == "rcu"
+
+
+class Recorder:
+    """What a hook may hold, and what no copy can be made of."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+
+    def __call__(self, *args: object) -> None:
+        pass
+
+
+def test_hooks_are_not_copied_for_the_trial():
+    unit = randomised(ports.ResidualConvUnit(8, nn.ReLU()))
+    unit.register_forward_hook(Recorder())
+    unit.register_forward_pre_hook(Recorder())
+    assert replaced(accelerate(unit)) == {"": "rcu"}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "before"), [("dtype", torch.float64, torch.float32), ("device", "meta", None)]
+)
+def test_what_is_the_default_elsewhere_decides_no_trial(name, value, before):
+    unit = randomised(ports.ResidualConvUnit(8, nn.ReLU()))
+    set_default = getattr(torch, f"set_default_{name}")
+    set_default(value)
+    try:
+        accelerate(unit)
+    finally:
+        set_default(before)
+    assert replaced(unit) == {"": "rcu"}
+
+
+def test_a_trial_takes_no_step_of_the_random_generator():
+    unit = randomised(ResidualConvUnit_dropping(8, nn.ReLU()))
+    state = torch.get_rng_state()
+    assert replaced(unit) == {"": None}
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_what_is_exported():
