@@ -23,6 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from refinenet_fast import blocks
 from refinenet_fast.adapters import ADAPTERS, MARK, SETTINGS, Adapter, Plain, is_plain
 from refinenet_fast.backends import use_backend
+from refinenet_fast.ops import _check
 
 Model = TypeVar("Model", bound=nn.Module)
 OWN = (blocks.RefineNetBlock, blocks.ResidualConvUnit, blocks.ResidualConvUnits, blocks.ChainedResidualPooling,
@@ -73,8 +74,12 @@ def accelerate(model: Model, *, copy: bool = False) -> Model:
 
     Warns:
         UserWarning: Nothing was found to replace; says what was looked for.
+
+    Raises:
+        TypeError: ``model`` is no module, or ``copy`` no bool; says what came.
     """
-    if copy:
+    _check_module(model)
+    if _check.flag(copy, "copy"):
         model = copying.deepcopy(model)
     places = _places(model)
     for place in places:
@@ -90,7 +95,12 @@ def accelerate(model: Model, *, copy: bool = False) -> Model:
 
 
 def restore(model: Model) -> Model:
-    """Undo :func:`accelerate`: every block has its own class and forward again. Returns the model."""
+    """Undo :func:`accelerate`: every block has its own class and forward again. Returns the model.
+
+    Raises:
+        TypeError: ``model`` is no module; says what came.
+    """
+    _check_module(model)
     for module in model.modules():
         kind = type(module)
         module.__dict__.pop(SETTINGS, None)
@@ -102,7 +112,12 @@ def restore(model: Model) -> Model:
 
 
 def explain(model: nn.Module) -> list[Explanation]:
-    """Block by block: what :func:`accelerate` has replaced; what it leaves alone, or would, and why."""
+    """Block by block: what :func:`accelerate` has replaced; what it leaves alone, or would, and why.
+
+    Raises:
+        TypeError: ``model`` is no module; says what came.
+    """
+    _check_module(model)
     rows = []
     for place in _places(model):
         adapter, reason = _adapter(place.module), place.obstacle
@@ -113,6 +128,11 @@ def explain(model: nn.Module) -> list[Explanation]:
         op = None if adapter is None else adapter.op
         rows.append(Explanation(place.name, type(place.module).__name__, op, reason))
     return rows
+
+
+def _check_module(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
 
 
 class _Place(NamedTuple):

@@ -275,6 +275,18 @@ def test_errors_are_the_blocks_own():
 # -- bad input --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("function", [accelerate, restore, explain])
+@pytest.mark.parametrize("model", [None, "dpt", [nn.ReLU()], nn.ReLU])
+def test_what_is_no_module(function, model):
+    with pytest.raises(TypeError, match=f"model: expected an nn.Module, got {type(model).__name__}"):
+        function(model)
+
+
+def test_a_copy_that_is_no_bool():
+    with pytest.raises(TypeError, match="copy: expected a bool, got 'yes'"):
+        accelerate(nn.ReLU(), copy="yes")
+
+
 def test_nothing_to_replace():
     model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU())
     with pytest.warns(UserWarning, match=r"expected blocks whose classes are named .*ResidualConvUnit.*Sequential"):
