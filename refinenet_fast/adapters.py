@@ -14,12 +14,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, TypeGuard
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from refinenet_fast.blocks import Convolution, is_bare
 from refinenet_fast.ops import _check, crp, fuse, rcu_run
+from refinenet_fast.ops._autocast import autocast_dtype
 
 MARK = "refinenet_fast_adapter"  # the attribute by which the class of an accelerated block is known
 SETTINGS = "_refinenet_fast_settings"  # that of the block itself with what it was when it was accelerated
@@ -160,6 +162,12 @@ def _is_transformed() -> bool:
     return transformed or torch.jit.is_tracing()
 
 
+def _summed_dtype(*maps: Tensor | None) -> torch.dtype:
+    """That of the sum of such maps and a convolution's result: autocast casts what is convolved, not what is added."""
+    given = [x for x in maps if x is not None]
+    return functools.reduce(torch.promote_types, [x.dtype for x in given], autocast_dtype(given[0]))
+
+
 def _folded(conv: Any, norm: Any) -> Parameters:
     """Weight and bias of a convolution and the batch norm after it, in float32 at least; differentiable."""
     if norm is None:
@@ -205,7 +213,7 @@ class Unit(Adapter):
         return w1, b1, w2, b2
 
     def fused(self, block: Any, x: Tensor) -> Tensor:  # (N, C, H, W), both
-        return rcu_run(x, [self.parameters(block)], self.skip)
+        return rcu_run(x, [self.parameters(block)], self.skip).to(_summed_dtype(x))
 
     def trials(self, block: Any, data: Callable[..., Tensor]) -> list[Arguments]:
         return [((data(2, self._convs(block)[0].in_channels, 5, 6),), {})]
@@ -231,7 +239,7 @@ class Units(Adapter):
 
     def fused(self, block: Any, x: Tensor) -> Tensor:  # (N, C, H, W), both
         units = [(a.weight, a.bias, b.weight, b.bias) for a, b in self._convs(block)]
-        return rcu_run(x, units)
+        return rcu_run(x, units).to(_summed_dtype(x))
 
     def trials(self, block: Any, data: Callable[..., Tensor]) -> list[Arguments]:
         return [((data(2, self._convs(block)[0][0].in_channels, 5, 6),), {})]
@@ -252,7 +260,7 @@ class Pooling(Adapter):
 
     def fused(self, block: Any, x: Tensor) -> Tensor:  # (N, C, H, W), both
         convs = self._convs(block)
-        return crp(x, [c.weight for c in convs], [c.bias for c in convs], relu=False)
+        return crp(x, [c.weight for c in convs], [c.bias for c in convs], relu=False).to(_summed_dtype(x))
 
     def trials(self, block: Any, data: Callable[..., Tensor]) -> list[Arguments]:
         return [((data(2, self._convs(block)[0].in_channels, 9, 8),), {})]
@@ -313,12 +321,14 @@ class Fusion(Adapter):
         size: tuple[int, int] | None = None,
     ) -> Tensor | None:  # (N, K, H', W')
         below, skip = (second, first) if self.skip_first else (first, second)
+        if below is not None and skip is not None and autocast_dtype(below) != autocast_dtype(skip):
+            return None
         if below is not None and skip is not None and below.shape != skip.shape:
             if not self.resizes or skip.shape[:2] != below.shape[:2]:
                 return None
             skip = fuse([skip], [None], size=(below.shape[2], below.shape[3]), align_corners=False)
         t = self._sum(block, below, skip)
-        return None if t is None else self._end(block, t, size)
+        return None if t is None else self._end(block, t.to(_summed_dtype(below, skip)), size)
 
     def _sum(
         self,
@@ -345,8 +355,12 @@ class Fusion(Adapter):
             upsampling = getattr(block, self.upsampling, None)
             return projection(t if upsampling is None else upsampling(t))
         size = size or getattr(block, "size", None) or (2 * t.shape[2], 2 * t.shape[3])
-        weight, bias = (None, None) if projection is None else (projection.weight, projection.bias)
-        return fuse([t], [weight], [bias], size=size, align_corners=getattr(block, "align_corners", True))
+        corners = getattr(block, "align_corners", True)
+        if projection is not None:
+            return fuse([t], [projection.weight], [projection.bias], size=size, align_corners=corners)
+        if torch.is_autocast_enabled(t.device.type):  # whose rules for upsampling are its own, and the device's
+            return F.interpolate(t, tuple(size), mode="bilinear", align_corners=corners)
+        return fuse([t], [None], size=size, align_corners=corners)
 
     def trials(self, block: Any, data: Callable[..., Tensor]) -> list[Arguments]:
         unit, adapter = self._units(block)[-1]

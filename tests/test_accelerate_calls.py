@@ -127,3 +127,26 @@ def test_what_transforms_a_forward_sees_the_blocks_own(transform):
     model = accelerate(nn.Sequential(randomised(NamedPreActResidualLayer()), nn.Conv2d(8, 8, 3, padding=1)))
     got = TRANSFORMS[transform](model, X)
     assert relative_l2(got, TRANSFORMS[transform](restore(model), X)) < 1e-6
+
+
+BLOCKS = {
+    "unit": lambda: ports.ResidualConvUnit_custom(8, nn.ReLU()),
+    "units": lambda: ports.RCUBlock(8, 2),
+    "pooling": lambda: ports.CRPBlock(8, 2),
+    "fusion without a projection": lambda: ports.FeatureFusionBlock(8),
+    "fusion": lambda: ports.FeatureFusionBlock_custom(8),
+    "convolution": lambda: nn.Sequential(unit(), nn.Conv2d(8, 8, 3, padding=1)),
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16])
+def test_the_dtype_under_autocast_is_the_blocks_own(name, given):
+    """What is added stays float32 where it was so: PyTorch adds float32 to a convolution's bfloat16 in float32."""
+    model = randomised(BLOCKS[name]())
+    fast = accelerate(model, copy=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        theirs, ours = model(X.to(given)), fast(X.to(given))
+        assert op_ran(fast, X.to(given))
+    assert ours.dtype == theirs.dtype
+    assert relative_l2(ours, theirs) < 2e-2
