@@ -106,8 +106,10 @@ def restore(model: Model) -> Model:
         module.__dict__.pop(SETTINGS, None)
         if MARK in vars(kind):
             module.__class__ = kind.__base__
-        elif _adapter(module) is not None:  # parametrized since: its class, of this one block, is derived from ours
-            kind.__bases__ = tuple(base.__base__ if MARK in vars(base) else base for base in kind.__bases__)
+        elif _adapter(module) is not None:  # parametrized since: its class, which copies share, is derived from ours
+            bases = tuple(base.__base__ if MARK in vars(base) else base for base in kind.__bases__)
+            members = {k: v for k, v in vars(kind).items() if k not in ("__dict__", "__weakref__")}
+            module.__class__ = type(kind.__name__, bases, members)
     return model
 
 
@@ -291,7 +293,8 @@ def _accelerated(kind: Any, adapter: Adapter) -> type[nn.Module]:
         return adapter.forward(self, functools.partial(kind.forward, self, *args, **kwargs), *maps, **options)
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
-        return _blank, (kind, adapter), self.__getstate__()  # a pickle names the block's own class
+        state = kind.__reduce_ex__(self, max(2, protocol))[2]  # Python 3.10 has no object.__getstate__
+        return _blank, (kind, adapter), state  # a pickle names the block's own class
 
     named = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
     return type(kind.__name__, (kind,), {**named, MARK: adapter, "forward": forward, "__reduce_ex__": __reduce_ex__})

@@ -249,6 +249,31 @@ def test_a_parametrized_weight_is_used_and_survives_restore():
     assert isinstance(model.output_conv[0], nn.Conv2d) and set(replaced(model).values()) == {None}
 
 
+def test_restoring_a_copy_of_a_parametrized_model_leaves_the_model_accelerated():
+    model = accelerate(randomised(ports.Decoder(ports.FeatureFusionBlock_custom)))
+    nn.utils.parametrizations.weight_norm(model.output_conv[0])
+    other = copy.deepcopy(model)
+    restore(other)
+    assert "output_conv.0" not in replaced(other)
+    assert replaced(model)["output_conv.0"] == "conv3x3"
+    for each in (model, other):
+        nn.utils.parametrize.remove_parametrizations(each.output_conv[0], "weight")
+    assert relative_l2(model(image(1, 8, 6, 4)), other(image(1, 8, 6, 4))) < 1e-5
+    assert type(other.output_conv[0]) is nn.Conv2d
+
+
+class ResidualConvUnit_with_state(ports.ResidualConvUnit):
+    """What is pickled is its own affair."""
+
+    def __reduce_ex__(self, protocol: object) -> tuple[object, ...]:
+        return ResidualConvUnit_with_state, (8, nn.ReLU()), {**vars(self), "pickled": True}
+
+
+def test_pickles_hold_what_the_blocks_own_class_says():
+    unit = pickle.loads(pickle.dumps(accelerate(randomised(ResidualConvUnit_with_state(8, nn.ReLU())))))
+    assert unit.pickled and replaced(unit) == {"": "rcu"}
+
+
 def test_models_on_the_meta_device_are_accelerated_before_they_have_weights():
     with torch.device("meta"):
         model = ports.Decoder(ports.FeatureFusionBlock_custom)
