@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import gc
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -18,6 +21,8 @@ depth_models = pytest.importorskip("depth_models", reason="needs the checkout's 
 pytest.importorskip("transformers")
 pytest.importorskip("segmentation_models_pytorch")
 
+import bench_accelerate  # noqa: E402
+import harness  # noqa: E402
 from depth_models import TINY, depth_anything, depth_pro, dpt, prompt_depth_anything, smp_dpt, zoedepth  # noqa: E402
 
 ODD = [(70, 98), (42, 126), (98, 42)]  # pixels; by patches of 14: 5x7, 3x9 and 7x3
@@ -119,3 +124,26 @@ def test_a_decoder_of_a_network_computes_what_the_network_does(family, cut):
     decoder = depth_models.Decoder(model, depth_models.FAMILIES[cut].decoder, x)
     with torch.no_grad():
         assert torch.equal(decoder(*decoder.inputs), result(model, x))
+
+
+def test_the_benchmark_has_one_network_in_memory(monkeypatch):
+    """Of two families one after the other, and of each the weights once: the modules that are timed have none."""
+    alive: list[weakref.ref] = []
+
+    def build(widths: depth_models.Widths) -> nn.Module:
+        gc.collect()
+        assert not any(ref() is not None for ref in alive)
+        model = depth_anything(widths)
+        alive.extend(weakref.ref(p) for p in model.parameters())
+        return model
+
+    family = dataclasses.replace(depth_models.FAMILIES["depth-anything"], build=build)
+    monkeypatch.setattr(depth_models, "FAMILIES", {"a": family, "b": family})
+    for case in [bench_accelerate.case(name, "tiny", False, False) for name in "ab"]:
+        inputs = harness.inputs_of(case, torch.float32, torch.device("cpu"))
+        with torch.no_grad():
+            assert relative_l2(case.ours("cpu")(inputs.xs, inputs.ws), inputs.truth[0]) < 1e-5
+        subject = bench_accelerate.Subject.held
+        assert subject.built and {p.device.type for m in subject.built.values() for p in m.parameters()} == {"meta"}
+        del inputs
+    assert len(alive) > 100
