@@ -80,16 +80,17 @@ class Subject:
         return xs, [parameters[name].detach().to(device, dtype) for name in self.names]
 
     def module(self, ours, dtype, device):
-        """Without weights: parameters are on the meta device."""
+        """Without the case's weights: on the meta device. A network computes with others too, for nothing."""
         key = ours, dtype, device
         if key not in self.built:
             with torch.inference_mode(False):
-                original = self.original[0]
-                hollow = {
-                    id(p): torch.nn.Parameter(torch.empty_like(p, dtype=dtype, device="meta"))
-                    for p in original.parameters()
+                parameters = dict(self.original[0].named_parameters())
+                others = {
+                    name: p.detach().to(device, dtype) for name, p in parameters.items() if name not in self.names
                 }
-                module = copy.deepcopy(original, hollow)
+                hollow = {name: torch.empty_like(parameters[name], dtype=dtype, device="meta") for name in self.names}
+                new = {id(parameters[name]): torch.nn.Parameter(t) for name, t in (others | hollow).items()}
+                module = copy.deepcopy(self.original[0], new)
                 for part in module.modules():
                     for name, buffer in part.named_buffers(recurse=False):
                         kept = dtype if buffer.is_floating_point() else buffer.dtype
