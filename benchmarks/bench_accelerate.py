@@ -64,13 +64,16 @@ class Subject:
 
     @functools.cached_property
     def names(self):
-        """Of the parameters that take part in the result."""
+        """Of the parameters that take part in the result, but an attention's key bias: softmax takes it away again, and
+        its gradient is nothing but rounding.
+        """
         module, inputs = self.original
         names, parameters = zip(*module.named_parameters())
         with torch.inference_mode(False):
             y = result(module(*(x.clone() for x in inputs)))
             grads = torch.autograd.grad(y.sum(), parameters, allow_unused=True)
-        return [name for name, grad in zip(names, grads) if grad is not None]
+        keys = ("key.bias", "k_proj.bias")
+        return [name for name, grad in zip(names, grads) if grad is not None and not name.endswith(keys)]
 
     def setup(self, dtype, device, generator):
         self.hold()
