@@ -8,6 +8,7 @@ maps of one run; with --whole the network as well. Shapes are those of the image
 
 import copy
 import functools
+import gc
 import sys
 from functools import partial
 
@@ -24,17 +25,37 @@ WIDTHS = {"tiny": depth_models.TINY, **depth_models.SIZES}
 
 
 class Subject:
-    """A family's decoder, or whole network, as it is and accelerated; built when the first case needs it."""
+    """A family's decoder, or whole network, as it is and accelerated.
+
+    The weights are in memory once: the modules hold none, and are called with those of the case. They are built when
+    the first case needs them, after those of the subject before have been freed.
+    """
+
+    held = None  # the subject whose weights are in memory
 
     def __init__(self, family, width, side, whole):
         self.family, self.width, self.side, self.whole = family, width, side, whole
         self.built = {}
+
+    def hold(self):
+        if Subject.held is not self:
+            if Subject.held is not None:
+                Subject.held.release()
+            Subject.held = self
+
+    def release(self):
+        self.built.clear()
+        for cached in ("original", "names"):
+            self.__dict__.pop(cached, None)
+        torch._dynamo.reset()  # what was compiled has constants of the weights
+        gc.collect()
 
     @functools.cached_property
     def original(self):
         """The module in float32 on the CPU, and what it is given: an image, or maps or tokens of one run."""
         with torch.inference_mode(False):
             network = depth_models.randomise(self.family.build(WIDTHS[self.width])).eval()
+            network.to(memory_format=torch.channels_last)
             image = normal((1, 3, self.side, self.side), torch.float32, "cpu", torch.Generator().manual_seed(0))
             if self.whole:
                 return network, [image]
@@ -43,25 +64,40 @@ class Subject:
 
     @functools.cached_property
     def names(self):
-        """Of the parameters that take part in the result."""
+        """Of the parameters that take part in the result, but an attention's key bias: softmax takes it away again, and
+        its gradient is nothing but rounding.
+        """
         module, inputs = self.original
         names, parameters = zip(*module.named_parameters())
         with torch.inference_mode(False):
             y = result(module(*(x.clone() for x in inputs)))
             grads = torch.autograd.grad(y.sum(), parameters, allow_unused=True)
-        return [name for name, grad in zip(names, grads) if grad is not None]
+        keys = ("key.bias", "k_proj.bias")
+        return [name for name, grad in zip(names, grads) if grad is not None and not name.endswith(keys)]
 
     def setup(self, dtype, device, generator):
+        self.hold()
         module, inputs = self.original
         parameters = dict(module.named_parameters())
         xs = [x.detach().clone().to(device, dtype) for x in inputs]
         return xs, [parameters[name].detach().to(device, dtype) for name in self.names]
 
     def module(self, ours, dtype, device):
+        """Without the case's weights: on the meta device. A network computes with others too, for nothing."""
         key = ours, dtype, device
         if key not in self.built:
             with torch.inference_mode(False):
-                module = copy.deepcopy(self.original[0]).to(device, dtype, memory_format=torch.channels_last)
+                parameters = dict(self.original[0].named_parameters())
+                others = {
+                    name: p.detach().to(device, dtype) for name, p in parameters.items() if name not in self.names
+                }
+                hollow = {name: torch.empty_like(parameters[name], dtype=dtype, device="meta") for name in self.names}
+                new = {id(parameters[name]): torch.nn.Parameter(t) for name, t in (others | hollow).items()}
+                module = copy.deepcopy(self.original[0], new)
+                for part in module.modules():
+                    for name, buffer in part.named_buffers(recurse=False):
+                        kept = dtype if buffer.is_floating_point() else buffer.dtype
+                        setattr(part, name, buffer.to(device, kept))
                 self.built[key] = accelerate(module) if ours else module
         return self.built[key]
 

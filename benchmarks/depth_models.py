@@ -88,6 +88,25 @@ def zoedepth(widths):
     )
 
 
+def chmv2(widths):
+    from transformers import CHMv2Config, CHMv2ForDepthEstimation, DINOv3ViTConfig
+
+    options = {"intermediate_size": 4 * widths.hidden, "image_size": 224, "out_indices": widths.taps}
+    options |= {"reshape_hidden_states": True, "return_class_token": True, "num_register_tokens": 4}
+    sizes = {"post_process_channels": list(widths.neck), "fusion_hidden_size": widths.fusion, "head_hidden_size": 32}
+    return CHMv2ForDepthEstimation(CHMv2Config(backbone_config=_vit(DINOv3ViTConfig, widths, 16, **options), **sizes))
+
+
+def tipsv2_dpt(widths):
+    from transformers import Tipsv2DptConfig, Tipsv2DptForDepthEstimation, Tipsv2VisionConfig
+
+    options = {"image_size": 224, "out_indices": widths.taps, "reshape_hidden_states": False}
+    sizes = {"neck_hidden_sizes": list(widths.neck), "fusion_hidden_size": widths.fusion}
+    return Tipsv2DptForDepthEstimation(
+        Tipsv2DptConfig(backbone_config=_vit(Tipsv2VisionConfig, widths, 14, **options), **sizes)
+    )
+
+
 def depth_pro(widths):
     from transformers import DepthProConfig, DepthProForDepthEstimation
 

@@ -92,10 +92,19 @@ def training_step(function, xs, ws, gy):
     return [y, *torch.autograd.grad(y, [*xs, *ws], gy)]
 
 
-@functools.lru_cache(maxsize=1)
+_latest: dict[tuple, Inputs] = {}  # one at most
+
+
 def inputs_of(case, dtype, device):
-    """Inputs, made once for all directions and contenders of a case that follow one another."""
-    return Inputs(case, dtype, device)
+    """Inputs, made once for all directions and contenders of a case that follow one another.
+
+    Those of the case before are freed first: of a large network they are gigabytes.
+    """
+    key = case, dtype, device
+    if key not in _latest:
+        _latest.clear()
+        _latest[key] = Inputs(case, dtype, device)
+    return _latest[key]
 
 
 @dataclasses.dataclass

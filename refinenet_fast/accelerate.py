@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy as copying
 import functools
+import inspect
 import math
 import warnings
 from collections.abc import Iterator
@@ -17,14 +18,17 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from refinenet_fast import blocks
-from refinenet_fast.adapters import ADAPTERS, MARK, Adapter, Plain, is_plain
+from refinenet_fast.adapters import ADAPTERS, MARK, SETTINGS, Adapter, Plain, is_plain
 from refinenet_fast.backends import use_backend
+from refinenet_fast.ops import _check
 
 Model = TypeVar("Model", bound=nn.Module)
 OWN = (blocks.RefineNetBlock, blocks.ResidualConvUnit, blocks.ResidualConvUnits, blocks.ChainedResidualPooling,
        blocks.MultiResolutionFusion, blocks.Convolution)  # fmt: skip
+SPREAD = 30.0  # standard deviation of a trial's maps: an activation with a ceiling, ReLU6 for one, is to meet it
 TOLERANCE = 1e-4  # of a trial in float32, relative to the largest value
 
 
@@ -55,9 +59,11 @@ def accelerate(model: Model, *, copy: bool = False) -> Model:
     stride 1 follow.
 
     Parameters stay where they are: ``state_dict`` is unchanged, training goes on, autocast and ``torch.compile`` (after
-    this call) work. Batch norm is folded in eval, anew at each call; in training, and where hooks sit on a block's
-    children, the block's own forward runs. Results are in ``channels_last`` memory. A block whose ReLU works in place
-    no longer overwrites its input.
+    this call) work. Batch norm is folded in eval, anew at each call. The block's own forward runs in training with
+    batch norm, where hooks sit on its children, where its activation or another part has been changed since, under
+    ``torch.func``, forward-mode derivatives and ``torch.jit.trace``, and for arguments that are not those of the ops.
+    Gradients of gradients raise. Results are in ``channels_last`` memory. A block whose ReLU works in place no longer
+    overwrites its input.
 
     Args:
         model: Any module; changed in place, unless
@@ -68,8 +74,12 @@ def accelerate(model: Model, *, copy: bool = False) -> Model:
 
     Warns:
         UserWarning: Nothing was found to replace; says what was looked for.
+
+    Raises:
+        TypeError: ``model`` is no module, or ``copy`` no bool; says what came.
     """
-    if copy:
+    _check_module(model)
+    if _check.flag(copy, "copy"):
         model = copying.deepcopy(model)
     places = _places(model)
     for place in places:
@@ -85,18 +95,31 @@ def accelerate(model: Model, *, copy: bool = False) -> Model:
 
 
 def restore(model: Model) -> Model:
-    """Undo :func:`accelerate`: every block has its own class and forward again. Returns the model."""
+    """Undo :func:`accelerate`: every block has its own class and forward again. Returns the model.
+
+    Raises:
+        TypeError: ``model`` is no module; says what came.
+    """
+    _check_module(model)
     for module in model.modules():
         kind = type(module)
+        module.__dict__.pop(SETTINGS, None)
         if MARK in vars(kind):
             module.__class__ = kind.__base__
-        elif _adapter(module) is not None:  # parametrized since: its class, of this one block, is derived from ours
-            kind.__bases__ = tuple(base.__base__ if MARK in vars(base) else base for base in kind.__bases__)
+        elif _adapter(module) is not None:  # parametrized since: its class, which copies share, is derived from ours
+            bases = tuple(base.__base__ if MARK in vars(base) else base for base in kind.__bases__)
+            members = {k: v for k, v in vars(kind).items() if k not in ("__dict__", "__weakref__")}
+            module.__class__ = type(kind.__name__, bases, members)
     return model
 
 
 def explain(model: nn.Module) -> list[Explanation]:
-    """Block by block: what :func:`accelerate` has replaced; what it leaves alone, or would, and why."""
+    """Block by block: what :func:`accelerate` has replaced; what it leaves alone, or would, and why.
+
+    Raises:
+        TypeError: ``model`` is no module; says what came.
+    """
+    _check_module(model)
     rows = []
     for place in _places(model):
         adapter, reason = _adapter(place.module), place.obstacle
@@ -107,6 +130,11 @@ def explain(model: nn.Module) -> list[Explanation]:
         op = None if adapter is None else adapter.op
         rows.append(Explanation(place.name, type(place.module).__name__, op, reason))
     return rows
+
+
+def _check_module(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
 
 
 class _Place(NamedTuple):
@@ -175,52 +203,68 @@ def _chosen(place: _Place) -> tuple[Adapter | None, str | None]:
 
 def _trial(adapter: Adapter, block: nn.Module) -> str | None:
     """Why the ops do not compute what the block computes, for a copy with random weights; None if they do."""
-    try:
-        twin = _twin(block)
-    except Exception as error:  # whatever another library's module raises when it is copied
-        return f"it cannot be copied for a trial: {error}"
-    reason = adapter.hindrance(twin)
-    if reason is not None:
-        return reason
-    original = functools.partial(type(twin).forward, twin)
-    with torch.no_grad(), torch.autocast("cpu", enabled=False), use_backend("auto"):
-        for args, kwargs in adapter.trials(twin, _Normal()):
-            try:  # whatever a block of another meaning raises
-                want = original(*map(torch.clone, args), **kwargs)
-            except Exception as error:
-                return f"its own forward failed on a small input: {error}"
-            off = _difference(adapter.fused(twin, *args, **kwargs), want)
-            if not off <= TOLERANCE:
-                return (
-                    f"on a small input its result is not that of {adapter.op}: it differs by {off:.1e} of the largest"
-                )
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]), use_backend("auto"):
+        try:
+            twin = _twin(block)
+        except Exception as error:  # whatever another library's module raises when it is copied
+            return f"it cannot be copied for a trial: {error}"
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            try:
+                return _eval_and_training(adapter, twin)
+            except Exception as error:  # whatever a block of another meaning has in the places of a block's parts
+                return f"the ops cannot run its parts: {error}"
+
+
+def _eval_and_training(adapter: Adapter, twin: nn.Module) -> str | None:
+    """Of training all but batch norm, in which the ops are not used: what drops values at random, for one, is found."""
+    for training in (False, True):
+        for module in twin.modules():
+            module.training = training and not isinstance(module, _BatchNorm)
+        reason = adapter.hindrance(twin) or _calls(adapter, twin)
+        if reason is not None:
+            return f"in training, {reason}" if training else reason
     return None
 
 
+def _calls(adapter: Adapter, twin: nn.Module) -> str | None:
+    """One after another, those that the block itself takes: not every one does without a skip, or with one."""
+    tried, failure = 0, None
+    for args, kwargs in adapter.trials(twin, _Normal(SPREAD)):
+        try:  # whatever a block of another meaning raises
+            want = type(twin).forward(twin, *map(torch.clone, args), **kwargs)
+        except Exception as error:
+            failure = error
+            continue
+        tried += 1
+        got = adapter.fused(twin, *args, **kwargs) if adapter.takes(twin, *args, **kwargs) else None
+        off = _difference(got, want)
+        if not off <= TOLERANCE:
+            return f"on a small input its result is not that of {adapter.op}: it differs by {off:.1e} of the largest"
+    return None if tried else f"its own forward failed on small inputs: {failure}"
+
+
 def _twin(block: nn.Module) -> nn.Module:
-    """A copy in float32 and eval on the CPU, without hooks, its parameters and statistics random."""
-    twin = copying.deepcopy(block).to_empty(device="cpu").float().eval()
+    """A copy in float32 on the CPU, its parameters and statistics random; without hooks, which may hold anything."""
+    hooks = {id(value): type(value)() for m in block.modules() for k, value in vars(m).items() if k.endswith("_hooks")}
+    twin = copying.deepcopy(block, hooks).to_empty(device="cpu").float()
     data = _Normal()
     with torch.no_grad():
         for p in twin.parameters():
             p.copy_(data(*p.shape) / math.sqrt(max(1, p[0].numel()) if p.dim() > 1 else 1))
         for b in twin.buffers():
             b.copy_((data(*b.shape).abs() + 0.5) if b.is_floating_point() else torch.zeros_like(b))
-    for module in twin.modules():
-        for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks):
-            hooks.clear()
-        module._backward_pre_hooks.clear()
     return twin
 
 
 class _Normal:
     """Normal values, the same in every process, without a step of PyTorch's own generator."""
 
-    def __init__(self) -> None:
+    def __init__(self, scale: float = 1.0) -> None:
         self.generator = torch.Generator().manual_seed(0)
+        self.scale = scale
 
     def __call__(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self.generator)
+        return self.scale * torch.randn(shape, generator=self.generator, dtype=torch.float32)
 
 
 def _difference(got: Any, want: Any) -> float:
@@ -233,22 +277,40 @@ def _difference(got: Any, want: Any) -> float:
 def _replace(module: nn.Module, adapter: Adapter | None) -> None:
     if adapter is not None:
         kind: Any = type(module)
+        module.__dict__[SETTINGS] = adapter.settings(module)
         module.__class__ = _accelerated(kind, adapter)
 
 
 @functools.cache
 def _accelerated(kind: Any, adapter: Adapter) -> type[nn.Module]:
     """The subclass of a block's class whose forward is the adapter's."""
+    parameters = list(inspect.signature(kind.forward).parameters.values())[1:]
+    names = [p.name for p in parameters if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
 
     @functools.wraps(kind.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-        return adapter.forward(self, functools.partial(kind.forward, self), *args, **kwargs)
+        maps, options = _in_order(names, args, kwargs)
+        return adapter.forward(self, functools.partial(kind.forward, self, *args, **kwargs), *maps, **options)
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
-        return _blank, (kind, adapter), self.__getstate__()  # a pickle names the block's own class
+        state = kind.__reduce_ex__(self, max(2, protocol))[2]  # Python 3.10 has no object.__getstate__
+        return _blank, (kind, adapter), state  # a pickle names the block's own class
 
     named = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
     return type(kind.__name__, (kind,), {**named, MARK: adapter, "forward": forward, "__reduce_ex__": __reduce_ex__})
+
+
+def _in_order(
+    names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call as adapters take them: maps by position, the size by name, however they were given."""
+    options = {**dict(zip(names, args)), **kwargs}
+    maps = args[len(names) :]
+    for name in names:
+        if name == "size" or name not in options:
+            break
+        maps = (*maps, options.pop(name))
+    return maps, options
 
 
 def _blank(kind: Any, adapter: Adapter) -> nn.Module:

@@ -6,24 +6,30 @@ whether a block computes what the ops do is for a trial to find out (:mod:`refin
 
 from __future__ import annotations
 
+import functools
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeGuard
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from refinenet_fast.blocks import Convolution, is_bare
-from refinenet_fast.ops import crp, fuse, rcu_run
-from refinenet_fast.ops._check import DTYPES
+from refinenet_fast.ops import _check, crp, fuse, rcu_run
+from refinenet_fast.ops._autocast import autocast_dtype
 
 MARK = "refinenet_fast_adapter"  # the attribute by which the class of an accelerated block is known
-Forward = Callable[..., Tensor]
+SETTINGS = "_refinenet_fast_settings"  # that of the block itself with what it was when it was accelerated
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+Forward = Callable[[], Tensor]
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 Parameters = tuple[Tensor, Tensor | None]  # (K, C, R, R); (K,)
+Settings = tuple[tuple[str, type | None, tuple[tuple[str, Any], ...]], ...]  # name, class, attributes of each module
 
 
 class Adapter(ABC):
@@ -39,18 +45,23 @@ class Adapter(ABC):
             AttributeError: The block has no such parts; says which.
         """
 
+    def takes(self, block: Any, *args: Any, **kwargs: Any) -> bool:
+        """Whether a call with these arguments is one that the ops cover: by default, one with a single map."""
+        return len(args) == 1 and not kwargs and _are_maps(*args)
+
     @abstractmethod
     def fused(self, block: Any, *args: Any, **kwargs: Any) -> Tensor | None:  # (N, C, H, W)
-        """The block's result by the ops; None where they do not cover these arguments."""
+        """The block's result by the ops; None where they do not cover maps of these shapes."""
 
     @abstractmethod
     def trials(self, block: Any, data: Callable[..., Tensor]) -> list[Arguments]:
         """Arguments to try the block with; ``data(n, c, h, w)`` makes a map."""
 
     def forward(self, block: nn.Module, original: Forward, *args: Any, **kwargs: Any) -> Tensor:  # (N, C, H, W)
-        """By the ops, or by the block's own forward where they cannot."""
-        y = self.fused(block, *args, **kwargs) if self.hindrance(block) is None else None
-        return original(*args, **kwargs) if y is None else y
+        """By the ops, or by ``original``, the block's own forward on these arguments, where they cannot."""
+        covered = self.takes(block, *args, **kwargs) and not _is_transformed() and self.hindrance(block) is None
+        y = self.fused(block, *args, **kwargs) if covered else None
+        return original() if y is None else y
 
     def hindrance(self, block: nn.Module) -> str | None:
         """Why the block's own forward has to run, as the block is now; None where nothing stands in the way."""
@@ -59,7 +70,7 @@ class Adapter(ABC):
         except AttributeError as error:
             return f"parts that its class should have: {error}"
         for part in parts:
-            if isinstance(part, _BatchNorm):
+            if _is_norm(part):
                 if part.training or part.running_mean is None:
                     return "batch norm in training, or without statistics"
             elif not is_plain(part):
@@ -67,19 +78,94 @@ class Adapter(ABC):
         for name, child in block.named_modules():
             if child is not block and not is_bare(child):
                 return f"{name!r} has hooks, another forward or is compiled by itself; its own forward would not run"
-        return None
+        return _change(block)
+
+    def settings(self, block: nn.Module) -> Settings:
+        """What decides, beside its parts, what a block computes: activations, flags, factors."""
+        parts = set(self.parts(block))
+        others = [entry for entry in block.named_modules(remove_duplicate=False) if entry[1] not in parts]
+        ours = [module is block or hasattr(type(module), MARK) for _, module in others]  # classes that we change
+        return tuple(
+            (name, None if known else type(module), tuple(_attributes(module)))
+            for (name, module), known in zip(others, ours, strict=True)
+        )
 
 
 def is_plain(conv: nn.Module) -> bool:
-    """Whether it is a convolution that the ops can run, and its class does nothing else with its weight."""
-    if not isinstance(conv, nn.Conv2d) or not Convolution.covers(conv):
+    """Whether it is a convolution that the ops can run, and nothing else is done with its weight."""
+    if not isinstance(conv, nn.Conv2d) or not Convolution.covers(conv) or "_conv_forward" in conv.__dict__:
         return False
-    return type(conv).forward is nn.Conv2d.forward and type(conv)._conv_forward is nn.Conv2d._conv_forward
+    kind: Any = type(conv)
+    ours = isinstance(getattr(kind, MARK, None), Plain)
+    return (ours or kind.forward is nn.Conv2d.forward) and kind._conv_forward is nn.Conv2d._conv_forward
 
 
-def _fits(*maps: Tensor | None) -> bool:
-    """Whether these are batches of floating maps, which the ops take."""
-    return all(x is None or (x.dim() == 4 and x.dtype in DTYPES) for x in maps)
+def _is_norm(module: nn.Module) -> TypeGuard[_BatchNorm]:
+    """Whether it is a batch norm and nothing more, as some with an activation inside are."""
+    return isinstance(module, _BatchNorm) and type(module).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+
+
+def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Those of its own that can decide what it computes, with their values."""
+    for name, value in vars(module).items():
+        simple = value is None or isinstance(value, bool | int | float | str) or callable(value)
+        if simple and name not in _OF_EVERY_MODULE and not name.startswith("__"):
+            yield name, _contents(value)
+
+
+def _contents(value: Any) -> Any:
+    """``value``, or what a partial function consists of: these have no equality, and under Dynamo no identity."""
+    if isinstance(value, functools.partial):
+        return value.func, value.args, tuple(value.keywords.items())
+    return value
+
+
+def _change(block: nn.Module) -> str | None:
+    """What is no longer as it was when the block was accelerated, if anything is."""
+    modules = dict(block.named_modules(remove_duplicate=False))
+    for name, kind, attributes in getattr(block, SETTINGS, ()):
+        module = modules.get(name)
+        if module is None or (kind is not None and type(module) is not kind):
+            return f"{name!r} has been replaced since; restore and accelerate again"
+        for attribute, then in attributes:
+            now = _contents(getattr(module, attribute, None))
+            if now is not then and (type(now) is not type(then) or now != then):
+                which = f"{name}.{attribute}" if name else attribute
+                return f"{which!r} has been changed since; restore and accelerate again"
+    return None
+
+
+def _are_maps(*maps: Any) -> bool:
+    """Whether these are dense batches of floating maps, which the ops take, or None."""
+    return all(x is None or _is_map(x) for x in maps)
+
+
+def _is_map(x: Any) -> bool:
+    dense = isinstance(x, Tensor) and x.layout == torch.strided and not x.is_nested
+    return dense and x.dim() == 4 and x.dtype in _check.DTYPES
+
+
+def _is_size(value: Any) -> bool:
+    """Whether the ops can upsample to it; ``F.interpolate`` takes more, a single integer for instance."""
+    try:
+        _check.size(value, "size")
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _is_transformed() -> bool:
+    """Whether torch.func, forward-mode derivatives or torch.jit.trace, which the ops do not know, are at work."""
+    if torch.compiler.is_dynamo_compiling():
+        return False
+    transformed = torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
+    return transformed or torch.jit.is_tracing()
+
+
+def _summed_dtype(*maps: Tensor | None) -> torch.dtype:
+    """That of the sum of such maps and a convolution's result: autocast casts what is convolved, not what is added."""
+    given = [x for x in maps if x is not None]
+    return functools.reduce(torch.promote_types, [x.dtype for x in given], autocast_dtype(given[0]))
 
 
 def _folded(conv: Any, norm: Any) -> Parameters:
@@ -126,8 +212,8 @@ class Unit(Adapter):
         (w1, b1), (w2, b2) = map(_folded, self._convs(unit), self._norms(unit))
         return w1, b1, w2, b2
 
-    def fused(self, block: Any, x: Tensor) -> Tensor | None:  # (N, C, H, W), both
-        return rcu_run(x, [self.parameters(block)], self.skip) if _fits(x) else None
+    def fused(self, block: Any, x: Tensor) -> Tensor:  # (N, C, H, W), both
+        return rcu_run(x, [self.parameters(block)], self.skip).to(_summed_dtype(x))
 
     def trials(self, block: Any, data: Callable[..., Tensor]) -> list[Arguments]:
         return [((data(2, self._convs(block)[0].in_channels, 5, 6),), {})]
@@ -151,9 +237,9 @@ class Units(Adapter):
         for unit in self._convs(block):
             yield from unit
 
-    def fused(self, block: Any, x: Tensor) -> Tensor | None:  # (N, C, H, W), both
+    def fused(self, block: Any, x: Tensor) -> Tensor:  # (N, C, H, W), both
         units = [(a.weight, a.bias, b.weight, b.bias) for a, b in self._convs(block)]
-        return rcu_run(x, units) if _fits(x) else None
+        return rcu_run(x, units).to(_summed_dtype(x))
 
     def trials(self, block: Any, data: Callable[..., Tensor]) -> list[Arguments]:
         return [((data(2, self._convs(block)[0][0].in_channels, 5, 6),), {})]
@@ -172,9 +258,9 @@ class Pooling(Adapter):
     def parts(self, block: Any) -> Iterator[nn.Module]:
         yield from self._convs(block)
 
-    def fused(self, block: Any, x: Tensor) -> Tensor | None:  # (N, C, H, W), both
+    def fused(self, block: Any, x: Tensor) -> Tensor:  # (N, C, H, W), both
         convs = self._convs(block)
-        return crp(x, [c.weight for c in convs], [c.bias for c in convs], relu=False) if _fits(x) else None
+        return crp(x, [c.weight for c in convs], [c.bias for c in convs], relu=False).to(_summed_dtype(x))
 
     def trials(self, block: Any, data: Callable[..., Tensor]) -> list[Arguments]:
         return [((data(2, self._convs(block)[0].in_channels, 9, 8),), {})]
@@ -209,7 +295,7 @@ class Fusion(Adapter):
         units = [getattr(block, self.unit2)]
         if first is not None and not isinstance(first, nn.Identity):
             units.insert(0, first)
-        adapters = [getattr(unit, MARK, None) for unit in units]
+        adapters = [getattr(type(unit), MARK, None) for unit in units]  # not the unit's: wrappers pass attributes on
         if not all(isinstance(adapter, Unit) for adapter in adapters):
             raise AttributeError("its residual conv units are left alone")
         return list(zip(units, adapters, strict=True))
@@ -221,23 +307,28 @@ class Fusion(Adapter):
         if projection is not None:
             yield projection
 
+    def takes(self, block: Any, *args: Any, **kwargs: Any) -> bool:
+        """One map or two, and a size, given or the block's own."""
+        sizes = [size for size in (kwargs.pop("size", None), getattr(block, "size", None)) if size is not None]
+        maps = len(args) in (1, 2) and args[0] is not None and _are_maps(*args)
+        return maps and not kwargs and all(map(_is_size, sizes))
+
     def fused(
         self,
         block: Any,
         first: Tensor,  # (N, C, H, W)
         second: Tensor | None = None,  # (N, C, H, W)
         size: tuple[int, int] | None = None,
-        **others: Any,
     ) -> Tensor | None:  # (N, K, H', W')
         below, skip = (second, first) if self.skip_first else (first, second)
-        if not _fits(first, second) or any(value is not None for value in others.values()):
+        if below is not None and skip is not None and autocast_dtype(below) != autocast_dtype(skip):
             return None
         if below is not None and skip is not None and below.shape != skip.shape:
             if not self.resizes or skip.shape[:2] != below.shape[:2]:
                 return None
             skip = fuse([skip], [None], size=(below.shape[2], below.shape[3]), align_corners=False)
         t = self._sum(block, below, skip)
-        return None if t is None else self._end(block, t, size)
+        return None if t is None else self._end(block, t.to(_summed_dtype(below, skip)), size)
 
     def _sum(
         self,
@@ -264,8 +355,12 @@ class Fusion(Adapter):
             upsampling = getattr(block, self.upsampling, None)
             return projection(t if upsampling is None else upsampling(t))
         size = size or getattr(block, "size", None) or (2 * t.shape[2], 2 * t.shape[3])
-        weight, bias = (None, None) if projection is None else (projection.weight, projection.bias)
-        return fuse([t], [weight], [bias], size=size, align_corners=getattr(block, "align_corners", True))
+        corners = getattr(block, "align_corners", True)
+        if projection is not None:
+            return fuse([t], [projection.weight], [projection.bias], size=size, align_corners=corners)
+        if torch.is_autocast_enabled(t.device.type):  # whose rules for upsampling are its own, and the device's
+            return F.interpolate(t, tuple(size), mode="bilinear", align_corners=corners)
+        return fuse([t], [None], size=size, align_corners=corners)
 
     def trials(self, block: Any, data: Callable[..., Tensor]) -> list[Arguments]:
         unit, adapter = self._units(block)[-1]
@@ -288,10 +383,10 @@ class Plain(Adapter):
     op = "conv3x3"
 
     def parts(self, block: Any) -> Iterator[nn.Module]:
-        return iter(())
+        yield block
 
-    def fused(self, block: Any, x: Tensor) -> Tensor | None:  # (N, C, H, W); (N, K, H, W)
-        return fuse([x], [block.weight], [block.bias]) if _fits(x) else None
+    def fused(self, block: Any, x: Tensor) -> Tensor:  # (N, C, H, W); (N, K, H, W)
+        return fuse([x], [block.weight], [block.bias])
 
     def trials(self, block: Any, data: Callable[..., Tensor]) -> list[Arguments]:
         return [((data(2, block.in_channels, 5, 6),), {})]

@@ -1,10 +1,12 @@
 """Decoders' blocks as their authors' code has them, where no package installs it: MiDaS, DPT, VGGT, CroCo, RefineNet.
 
-Names of classes, children and arguments are those of the originals, and so is what is computed; the code is not.
+Names of classes, children and arguments are those of the originals, and so is what is computed; the code is not. At the
+end, weights for them and maps.
 """
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -83,6 +85,14 @@ class FeatureFusionBlock_custom(nn.Module):
         return self.out_conv(output)
 
 
+class FeatureFusionBlock_vggt(FeatureFusionBlock_custom):
+    """VGGT, where it is called ``FeatureFusionBlock``: a block with a unit for a skip has to be given one."""
+
+    def forward(self, *xs: Tensor, size: tuple[int, int] | None = None) -> Tensor:  # (N, C, H, W) each; (N, K, H', W')
+        maps = (xs[0], xs[1]) if hasattr(self, "resConfUnit1") else xs[:1]
+        return super().forward(*maps, size=size)
+
+
 class RCUBlock(nn.Module):
     """refinenet-pytorch: residual conv units in a row."""
 
@@ -135,3 +145,19 @@ class Decoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W), H and W even; (N, 1, 2 H, 2 W)
         fine, coarse = self.layer_rn[0](x), self.layer_rn[1](self.down(x))
         return self.output_conv(self.refinenet1(self.refinenet2(coarse), fine))
+
+
+def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
+    """In eval, with normal weights, biases and statistics."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) / (p[0].numel() ** 0.5 if p.dim() > 1 else 2))
+        for b in model.buffers():
+            if b.is_floating_point():
+                b.copy_(torch.randn(b.shape, generator=generator).abs() + 0.5)
+    return model.eval()
+
+
+def image(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import re
+import threading
 import warnings
 
 import pytest
@@ -14,26 +15,11 @@ from torch import Tensor, nn
 
 import ports
 import refinenet_fast
+from ports import image, randomised
 from refinenet_fast import RefineNet, accelerate, explain, restore
 from refinenet_fast.testing import relative_l2
 
 SIZES = [(6, 4), (14, 10), (2, 18)]
-
-
-def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
-    """In eval, with normal weights, biases and statistics."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(torch.randn(p.shape, generator=generator) / (p[0].numel() ** 0.5 if p.dim() > 1 else 2))
-        for b in model.buffers():
-            if b.is_floating_point():
-                b.copy_(torch.randn(b.shape, generator=generator).abs() + 0.5)
-    return model.eval()
-
-
-def image(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=dtype)
 
 
 def gradients(model: nn.Module, *xs: Tensor) -> list[Tensor]:
@@ -97,6 +83,14 @@ def test_a_block_without_a_skip():
     block = randomised(ports.FeatureFusionBlock_custom(6, has_residual=False, inplace=True))
     assert_same(block, (2, 6, 5, 7))
     assert replaced(accelerate(block)) == {"": "rcu, fuse", "resConfUnit2": "rcu"}
+
+
+def test_a_block_that_has_to_be_given_its_skip():
+    block = randomised(ports.FeatureFusionBlock_vggt(6, inplace=True))
+    fast = accelerate(block, copy=True)
+    assert replaced(fast) == {"": "rcu, fuse", "resConfUnit1": "rcu", "resConfUnit2": "rcu"}
+    x, skip = image(1, 6, 5, 4), image(1, 6, 5, 4) + 1
+    assert relative_l2(fast(x, skip, size=(9, 7)), block(x.clone(), skip.clone(), size=(9, 7))) < 1e-6
 
 
 @pytest.mark.parametrize("kernel_size", [1, 3])
@@ -255,6 +249,31 @@ def test_a_parametrized_weight_is_used_and_survives_restore():
     assert isinstance(model.output_conv[0], nn.Conv2d) and set(replaced(model).values()) == {None}
 
 
+def test_restoring_a_copy_of_a_parametrized_model_leaves_the_model_accelerated():
+    model = accelerate(randomised(ports.Decoder(ports.FeatureFusionBlock_custom)))
+    nn.utils.parametrizations.weight_norm(model.output_conv[0])
+    other = copy.deepcopy(model)
+    restore(other)
+    assert "output_conv.0" not in replaced(other)
+    assert replaced(model)["output_conv.0"] == "conv3x3"
+    for each in (model, other):
+        nn.utils.parametrize.remove_parametrizations(each.output_conv[0], "weight")
+    assert relative_l2(model(image(1, 8, 6, 4)), other(image(1, 8, 6, 4))) < 1e-5
+    assert type(other.output_conv[0]) is nn.Conv2d
+
+
+class ResidualConvUnit_with_state(ports.ResidualConvUnit):
+    """What is pickled is its own affair."""
+
+    def __reduce_ex__(self, protocol: object) -> tuple[object, ...]:
+        return ResidualConvUnit_with_state, (8, nn.ReLU()), {**vars(self), "pickled": True}
+
+
+def test_pickles_hold_what_the_blocks_own_class_says():
+    unit = pickle.loads(pickle.dumps(accelerate(randomised(ResidualConvUnit_with_state(8, nn.ReLU())))))
+    assert unit.pickled and replaced(unit) == {"": "rcu"}
+
+
 def test_models_on_the_meta_device_are_accelerated_before_they_have_weights():
     with torch.device("meta"):
         model = ports.Decoder(ports.FeatureFusionBlock_custom)
@@ -279,6 +298,18 @@ def test_errors_are_the_blocks_own():
 
 
 # -- bad input --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("function", [accelerate, restore, explain])
+@pytest.mark.parametrize("model", [None, "dpt", [nn.ReLU()], nn.ReLU])
+def test_what_is_no_module(function, model):
+    with pytest.raises(TypeError, match=f"model: expected an nn.Module, got {type(model).__name__}"):
+        function(model)
+
+
+def test_a_copy_that_is_no_bool():
+    with pytest.raises(TypeError, match="copy: expected a bool, got 'yes'"):
+        accelerate(nn.ReLU(), copy="yes")
 
 
 def test_nothing_to_replace():
@@ -310,6 +341,27 @@ class ScaledConvolution(nn.Conv2d):
         return super().forward(x) * 1.0
 
 
+class ResidualConvUnit_dropping(ports.ResidualConvUnit):
+    """In eval it computes what the others do."""
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W), both
+        return x + F.dropout(super().forward(x) - x, 0.1, self.training)
+
+
+class CRPBlock_of_pyramids(ports.CRPBlock):
+    """Of another meaning: its stages are sizes."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 2)
+        self.n_stages = [1, 2]
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W), both
+        return x
+
+
+CRPBlock_of_pyramids.__name__ = "CRPBlock"
+
+
 def grouped(unit: nn.Module) -> nn.Module:
     unit.conv2 = nn.Conv2d(8, 8, 3, padding=1, groups=2)
     return unit
@@ -328,6 +380,9 @@ def bare(unit: nn.Module) -> nn.Module:
 LOOKALIKES = {
     "another sum": (lambda: ResidualConvUnit_other(8, nn.ReLU()), "not that of rcu: it differs by"),
     "another activation": (lambda: ports.ResidualConvUnit(8, nn.GELU()), "not that of rcu: it differs by"),
+    "an activation with a ceiling": (lambda: ports.ResidualConvUnit(8, nn.ReLU6()), "not that of rcu: it differs by"),
+    "dropout": (lambda: ResidualConvUnit_dropping(8, nn.ReLU()), "in training, on a small input .* not that of rcu"),
+    "other attributes": (CRPBlock_of_pyramids, "the ops cannot run its parts: .*list"),
     "grouped": (lambda: grouped(ports.ResidualConvUnit(8, nn.ReLU())), "expected plain 3x3 or 1x1 .*groups=2"),
     "adapted": (lambda: adapted(ports.ResidualConvUnit(8, nn.ReLU())), "expected plain 3x3 or 1x1 .*ScaledConv"),
     "no parts": (lambda: bare(ports.ResidualConvUnit(8, nn.ReLU())), "parts that its class should have: .*conv2"),
@@ -346,6 +401,44 @@ def test_a_lookalike_is_left_alone_and_named(case):
     assert rows["0"].op is None and type(model[0]) is kind
     assert re.search(reason, rows["0"].reason)
     assert rows["1"].op == "rcu"
+
+
+class Recorder:
+    """What a hook may hold, and what no copy can be made of."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+
+    def __call__(self, *args: object) -> None:
+        pass
+
+
+def test_hooks_are_not_copied_for_the_trial():
+    unit = randomised(ports.ResidualConvUnit(8, nn.ReLU()))
+    unit.register_forward_hook(Recorder())
+    unit.register_forward_pre_hook(Recorder())
+    assert replaced(accelerate(unit)) == {"": "rcu"}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "before"), [("dtype", torch.float64, torch.float32), ("device", "meta", None)]
+)
+def test_what_is_the_default_elsewhere_decides_no_trial(name, value, before):
+    unit = randomised(ports.ResidualConvUnit(8, nn.ReLU()))
+    set_default = getattr(torch, f"set_default_{name}")
+    set_default(value)
+    try:
+        accelerate(unit)
+    finally:
+        set_default(before)
+    assert replaced(unit) == {"": "rcu"}
+
+
+def test_a_trial_takes_no_step_of_the_random_generator():
+    unit = randomised(ResidualConvUnit_dropping(8, nn.ReLU()))
+    state = torch.get_rng_state()
+    assert replaced(unit) == {"": None}
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_what_is_exported():

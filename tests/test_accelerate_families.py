@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import gc
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -18,7 +21,19 @@ depth_models = pytest.importorskip("depth_models", reason="needs the checkout's 
 pytest.importorskip("transformers")
 pytest.importorskip("segmentation_models_pytorch")
 
-from depth_models import TINY, depth_anything, depth_pro, dpt, prompt_depth_anything, smp_dpt, zoedepth  # noqa: E402
+import bench_accelerate  # noqa: E402
+import harness  # noqa: E402
+from depth_models import (  # noqa: E402
+    TINY,
+    chmv2,
+    depth_anything,
+    depth_pro,
+    dpt,
+    prompt_depth_anything,
+    smp_dpt,
+    tipsv2_dpt,
+    zoedepth,
+)
 
 ODD = [(70, 98), (42, 126), (98, 42)]  # pixels; by patches of 14: 5x7, 3x9 and 7x3
 BY_16 = [(48, 80), (80, 48), (112, 16)]
@@ -39,6 +54,8 @@ FAMILIES = {  # how it is built, images, blocks replaced by op
         lambda: dpt(TINY, use_batch_norm_in_fusion_residual=True), SQUARES, {"rcu": 8, "rcu, fuse": 4, "conv3x3": 6},
     ),
     "zoedepth": (lambda: zoedepth(TINY), BY_16, {"rcu": 8, "rcu, fuse": 4, "conv3x3": 6}),
+    "chmv2": (lambda: chmv2(TINY), BY_16, {"rcu": 7, "rcu, fuse": 4, "conv3x3": 6}),
+    "tipsv2_dpt": (lambda: tipsv2_dpt(TINY), ODD, {"rcu": 7, "rcu, fuse": 4, "conv3x3": 5}),
     "depth_pro": (
         lambda: depth_pro(TINY), [(128, 128), (160, 128), (128, 192)], {"rcu": 10, "rcu, fuse": 5, "conv3x3": 6},
     ),
@@ -119,3 +136,35 @@ def test_a_decoder_of_a_network_computes_what_the_network_does(family, cut):
     decoder = depth_models.Decoder(model, depth_models.FAMILIES[cut].decoder, x)
     with torch.no_grad():
         assert torch.equal(decoder(*decoder.inputs), result(model, x))
+
+
+def test_the_benchmark_has_one_network_in_memory(monkeypatch):
+    """Of two families one after the other, and of each the weights once: the modules that are timed have none."""
+    alive: list[weakref.ref] = []
+
+    def build(widths: depth_models.Widths) -> nn.Module:
+        gc.collect()
+        assert not any(ref() is not None for ref in alive)
+        model = depth_anything(widths)
+        alive.extend(weakref.ref(p) for p in model.parameters())
+        return model
+
+    family = dataclasses.replace(depth_models.FAMILIES["depth-anything"], build=build)
+    monkeypatch.setattr(depth_models, "FAMILIES", {"a": family, "b": family})
+    for case in [bench_accelerate.case(name, "tiny", False, False) for name in "ab"]:
+        inputs = harness.inputs_of(case, torch.float32, torch.device("cpu"))
+        with torch.no_grad():
+            assert relative_l2(case.ours("cpu")(inputs.xs, inputs.ws), inputs.truth[0]) < 1e-5
+        subject = bench_accelerate.Subject.held
+        assert len(subject.built) >= 2 and len(subject.names) > 50
+        for module in subject.built.values():
+            assert {module.get_parameter(name).device.type for name in subject.names} == {"meta"}
+        del inputs
+    assert len(alive) > 100
+
+
+def test_the_benchmark_compares_gradients_that_have_a_size():
+    """That of an attention's key bias is zero but for rounding: relative to it, every error is enormous."""
+    case = bench_accelerate.case("depth-anything", "tiny", True, True)
+    inputs = harness.inputs_of(case, torch.float32, torch.device("cpu"))
+    assert max(inputs.eager_errors) < 1e-2
