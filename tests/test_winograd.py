@@ -63,6 +63,20 @@ def test_the_rule_without_tables(no_tables):
     assert not engine.pays(torch.empty(1, 64, 1, 999), weight)  # tiles of which a quarter is used
 
 
+@pytest.mark.parametrize(
+    ("most", "multiplies"),
+    [(None, True), ("all", True), ("AVX512_CORE_AMX", True), ("AVX512_CORE_BF16", False), ("AVX10_1_512", False)],
+)
+def test_onednn_may_be_kept_from_multiplying_bfloat16(most, multiplies, monkeypatch):
+    if most is None:
+        monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    else:
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", most)
+    for amx in (True, False):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
+        assert engine._multiplies_bfloat16.__wrapped__() is (multiplies and amx)
+
+
 @pytest.mark.parametrize("amx", [True, False])
 @pytest.mark.parametrize("onednn", [True, False])
 def test_bfloat16_is_the_vendors_where_the_processor_multiplies_it(no_tables, amx, onednn, monkeypatch):
