@@ -53,6 +53,7 @@ class Cuda(Native):
         "channels or addresses that 16 bytes do not divide: tiles of 64 channels, copies of 8 or 4 bytes or elements",
         "more than 2^31 - 128 pixels, weights or blocks: the vendor's convolution",
         f"a pool before more than {POOLED_CHANNELS} output channels: a kernel of its own",
+        "on Hopper a pool before a 3x3 convolution of 16-bit types: a kernel of its own, unless a table says otherwise",
     )
     # Pixels and channels of a block of the convolutions: 128 or 64; after a pool and on sm_90a channels alone, 256 too
     tile = 0  # 0: by the sizes
@@ -181,10 +182,17 @@ class Cuda(Native):
         return super().conv3x3(x, weight, way_in, way_out, pack)
 
     def _pooled(self, x: Tensor, weight: Tensor, way_in: WayIn) -> tuple[Tensor, WayIn]:
-        """What is left to do where the tables would rather have a kernel of its own pool."""
-        if not way_in.pool or self.refusal(x, weight.shape[0], pool=True):
+        """What is left to do where a kernel of its own had better pool.
+
+        As the tables say; by default on Hopper before 3x3, as only the loop of sm_80 pools on the way in, and nine taps
+        by wgmma should gain more than a pooled map costs that is written and read.
+        """
+        k, taps = weight.shape[0], weight.shape[2] * weight.shape[3]
+        if not way_in.pool or self.refusal(x, k, pool=True):
             return x, way_in
-        apart = self._choice("pool_conv3x3", x, weight) == "apart"
+        choice = self._choice("pool_conv3x3", x, weight)
+        by_default = taps == 9 and not self.tile and self._takes_wgmma(x.dtype, x.device, x.shape[1], k)
+        apart = choice == "apart" or (choice is None and by_default)
         return self._compose_in(x, way_in, frozenset()) if apart else (x, way_in)
 
     def _conv3x3(self, x: Tensor, weight: Tensor, way_in: WayIn, way_out: WayOut, pack: bool) -> Tensor:
