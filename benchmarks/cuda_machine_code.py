@@ -91,6 +91,13 @@ def read(arch: str) -> list[Code]:
     return found
 
 
+def sums_of_splits(arch: str) -> list[int]:
+    """Bytes of stack and local memory of each kernel that adds a convolution's splits."""
+    listing = disassembled(Path(_native._C.__file__), "-arch", arch)
+    names = re.findall(r"^\s+Function : (\S*splits_kernel\S*)", listing, flags=re.M)
+    return [usage(listing[listing.index(f"Function {name}:") :])[1] for name in names]
+
+
 # -- what must hold ----------------------------------------------------------------------------------------------------
 
 
@@ -188,7 +195,27 @@ def stores_by_slices(code: Code) -> list[str]:
     return [] if found == want else [f"{found} UTMASTG, not {want}"]
 
 
+def loads_overlap_products(code: Code) -> list[str]:
+    """In sm_90a's main loop one group of products is still in flight whenever the next operands are waited for."""
+    if code.kernel != "wgmma":
+        return []
+    found = [text for text in code.loop if text.startswith("WARPGROUP.DEPBAR")]
+    waits, drained = code.count("SYNCS.PHASECHK", loop=True), [text for text in found if not text.endswith(", 0x1")]
+    if len(found) == (4 if code.way_in == "Rectified" else 1) and waits and not drained:
+        return []
+    return [f"{waits} waits for operands; products: {found} in the main loop"]
+
+
+def registers_move(code: Code) -> list[str]:
+    """From sm_90a's producer to its consumers: setmaxnreg, once each way."""
+    if code.kernel != "wgmma":
+        return []
+    found = code.count("USETMAXREG.TRY_ALLOC"), code.count("USETMAXREG.DEALLOC")
+    return [] if found == (1, 1) else [f"{found} USETMAXREG that take and give registers"]
+
+
 INVARIANTS = (
+    *(loads_overlap_products, registers_move),
     *(no_spills, multiplies_as_intended, copies_ahead, fragments_by_matrices, relu_is_native),
     *(operands_as_intended, nothing_waits_for_memory, stores_by_slices),
 )
