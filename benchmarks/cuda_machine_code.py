@@ -11,6 +11,7 @@ import re
 import sys
 from collections import Counter
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from rich.console import Console
@@ -72,9 +73,15 @@ class Code:
         return Counter(text.split()[0] for text in self.loop if TENSOR.match(text))
 
 
+@cache
+def listing_of(arch: str) -> str:
+    """The extension's machine code for an architecture."""
+    return disassembled(Path(_native._C.__file__), "-arch", arch)
+
+
 def read(arch: str) -> list[Code]:
     """Every instance that was built for an architecture ("sm_80")."""
-    listing = disassembled(Path(_native._C.__file__), "-arch", arch)
+    listing = listing_of(arch)
     _, *bodies = re.split(r"^\s+Function : (?=\S)", listing, flags=re.M)
     found = []
     for body in bodies:
@@ -93,7 +100,7 @@ def read(arch: str) -> list[Code]:
 
 def sums_of_splits(arch: str) -> list[int]:
     """Bytes of stack and local memory of each kernel that adds a convolution's splits."""
-    listing = disassembled(Path(_native._C.__file__), "-arch", arch)
+    listing = listing_of(arch)
     names = re.findall(r"^\s+Function : (\S*splits_kernel\S*)", listing, flags=re.M)
     return [usage(listing[listing.index(f"Function {name}:") :])[1] for name in names]
 
