@@ -45,6 +45,7 @@ def check(executor, monkeypatch):
         tile, shape, k = route
         kernels = executor.kernels(schedule) if schedule else executor.kernels()
         monkeypatch.setattr(kernels, "tile", tile)
+        monkeypatch.setattr(kernels, "splits", 1)  # so few tiles would be split: tests/test_cuda_splits.py
         assert kernels.refusal(torch.empty(shape, device="meta"), k) is None
         error, limit = check_conv(kernels, shape, k, dtype, way, device=executor.device, **options)
         assert error <= limit
