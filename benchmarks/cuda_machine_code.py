@@ -11,6 +11,7 @@ import re
 import sys
 from collections import Counter
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from rich.console import Console
@@ -72,9 +73,15 @@ class Code:
         return Counter(text.split()[0] for text in self.loop if TENSOR.match(text))
 
 
+@cache
+def listing_of(arch: str) -> str:
+    """The extension's machine code for an architecture."""
+    return disassembled(Path(_native._C.__file__), "-arch", arch)
+
+
 def read(arch: str) -> list[Code]:
     """Every instance that was built for an architecture ("sm_80")."""
-    listing = disassembled(Path(_native._C.__file__), "-arch", arch)
+    listing = listing_of(arch)
     _, *bodies = re.split(r"^\s+Function : (?=\S)", listing, flags=re.M)
     found = []
     for body in bodies:
@@ -89,6 +96,13 @@ def read(arch: str) -> list[Code]:
             code = Code(**fields, registers=registers, memory=memory, sass=texts, loop=tuple(main_loop(instructions)))
             found.append(code)
     return found
+
+
+def sums_of_splits(arch: str) -> list[int]:
+    """Bytes of stack and local memory of each kernel that adds a convolution's splits."""
+    listing = listing_of(arch)
+    names = re.findall(r"^\s+Function : (\S*splits_kernel\S*)", listing, flags=re.M)
+    return [usage(listing[listing.index(f"Function {name}:") :])[1] for name in names]
 
 
 # -- what must hold ----------------------------------------------------------------------------------------------------
@@ -188,7 +202,27 @@ def stores_by_slices(code: Code) -> list[str]:
     return [] if found == want else [f"{found} UTMASTG, not {want}"]
 
 
+def loads_overlap_products(code: Code) -> list[str]:
+    """In sm_90a's main loop one group of products is still in flight whenever the next operands are waited for."""
+    if code.kernel != "wgmma":
+        return []
+    found = [text for text in code.loop if text.startswith("WARPGROUP.DEPBAR")]
+    waits, drained = code.count("SYNCS.PHASECHK", loop=True), [text for text in found if not text.endswith(", 0x1")]
+    if len(found) == (4 if code.way_in == "Rectified" else 1) and waits and not drained:
+        return []
+    return [f"{waits} waits for operands; products: {found} in the main loop"]
+
+
+def registers_move(code: Code) -> list[str]:
+    """From sm_90a's producer to its consumers: setmaxnreg, once each way."""
+    if code.kernel != "wgmma":
+        return []
+    found = code.count("USETMAXREG.TRY_ALLOC"), code.count("USETMAXREG.DEALLOC")
+    return [] if found == (1, 1) else [f"{found} USETMAXREG that take and give registers"]
+
+
 INVARIANTS = (
+    *(loads_overlap_products, registers_move),
     *(no_spills, multiplies_as_intended, copies_ahead, fragments_by_matrices, relu_is_native),
     *(operands_as_intended, nothing_waits_for_memory, stores_by_slices),
 )

@@ -95,11 +95,11 @@ void weight_grad(Address x, Address gy, Address gw, const std::array<int64_t, 4>
 
 using Sizes = std::array<int64_t, 5>;
 
-cuda::PackedConvolution packed_convolution(Address x, Address weights, Address y, Address relued, Address bias,
-                                           Address select, const std::vector<Address>& add, int raw_adds, Address low,
-                                           int64_t low_h, int64_t low_w, bool align_corners, bool relu_out,
+cuda::PackedConvolution packed_convolution(Address x, Address weights, Address parts, Address y, Address relued,
+                                           Address bias, Address select, const std::vector<Address>& add, int raw_adds,
+                                           Address low, int64_t low_h, int64_t low_w, bool align_corners, bool relu_out,
                                            const Sizes& sizes, int side, int dtype, bool exact, bool turned,
-                                           bool relu_in, bool pool_in, int tile, bool sm80_loop) {
+                                           bool relu_in, bool pool_in, int tile, int splits, bool sm80_loop) {
   const auto [n, h, w, c, k] = sizes;
   if (add.size() > cuda::kMostAdds) throw py::value_error("add: expected 8 tensors at most");
   cuda::WayOut out{};
@@ -114,8 +114,21 @@ cuda::PackedConvolution packed_convolution(Address x, Address weights, Address y
   out.adds = static_cast<int>(add.size());
   out.raw_adds = raw_adds;
   out.relu = relu_out;
-  return {at<void>(x), at<void>(weights), out,     {n, h, w, c}, k, side, DType(dtype), tile, exact,
-          turned,      relu_in,           pool_in, sm80_loop};
+  return {at<void>(x),
+          at<void>(weights),
+          at<float>(parts),
+          out,
+          {n, h, w, c},
+          k,
+          side,
+          DType(dtype),
+          tile,
+          splits,
+          exact,
+          turned,
+          relu_in,
+          pool_in,
+          sm80_loop};
 }
 
 cuda::PackedWeightGrad packed_weight_grad(Address x, Address gy, Address parts, Address gw, Address gb,
@@ -151,9 +164,17 @@ struct Entry {
 #ifdef REFINENET_FAST_WITH_CUDA
 #define REFINENET_FAST_ENTRY(NAME) {#NAME, &cpu::Kernels::NAME, cuda::NAME}
 
-void check(int error, const char* kernel, const std::string& sizes) {
+// launch() has to succeed. Its error is the exception's from here on: the runtime does not keep it for whoever asks
+// next. What it kept before stays.
+template <class Launch>
+void check(const Launch& launch, const char* kernel, const std::string& sizes) {
+  const int before = cuda::kept_error(), error = launch();
   if (error == 0) return;
-  throw std::runtime_error("CUDA kernel " + std::string(kernel) + " on " + sizes + ": " + cuda::error_string(error));
+  if (before == 0) cuda::forget_error();
+  const bool earlier = cuda::is_of_earlier_work(error);
+  throw std::runtime_error("CUDA kernel " + std::string(kernel) + " on " + sizes + ": " +
+                           (earlier ? "not launched, as something before it has failed: " : "") +
+                           cuda::error_string(error));
 }
 
 int launched(const cuda::PackedConvolution& p, int device, void* stream) { return cuda::conv3x3(p, device, stream); }
@@ -189,7 +210,8 @@ void define(py::module_& m, Entry<Arguments> entry, Arguments (*from)(Flat...)) 
         [entry, from](Flat... flat, int device, Address stream) {
           const Arguments arguments = from(flat...);
           const Shape& shape = shape_of(arguments);
-          if (is_work(shape)) check(entry.on_cuda(arguments, device, at<void>(stream)), entry.name, described(shape));
+          if (!is_work(shape)) return;
+          check([&] { return entry.on_cuda(arguments, device, at<void>(stream)); }, entry.name, described(shape));
         },
         release);
 #endif
@@ -209,7 +231,7 @@ void define_product(py::module_& m, const std::string& name, Arguments (*from)(F
         [name, from](Flat... flat, int device, Address stream) {
           const Arguments arguments = from(flat...);
           const std::string sizes = described(arguments.shape) + ", K = " + std::to_string(arguments.k);
-          check(launched(arguments, device, at<void>(stream)), name.c_str(), sizes);
+          check([&] { return launched(arguments, device, at<void>(stream)); }, name.c_str(), sizes);
         },
         py::call_guard<py::gil_scoped_release>());
 #endif
@@ -221,7 +243,20 @@ void define_plan_sm90(py::module_& m, const std::string& name, Arguments (*from)
   m.def(("cuda_plan_" + name + "_sm90").c_str(), [from](Flat... flat, int capability, int processors) -> py::object {
     const cuda::sm90::Plan chosen = cuda::sm90::plan(from(flat...), capability, processors);
     if (!chosen.outs) return py::none();
-    return py::make_tuple(chosen.outs, chosen.blocks, chosen.shared_bytes);
+    return py::make_tuple(chosen.outs, chosen.blocks, chosen.shared_bytes, chosen.splits, chosen.parts);
+  });
+}
+
+// Defines cuda_splits_<name>(..., capability, processors): how many splits its loop there makes, and the floats of room
+// that they take.
+template <class Arguments, class... Flat>
+void define_splits(py::module_& m, const std::string& name, Arguments (*from)(Flat...)) {
+  m.def(("cuda_splits_" + name).c_str(), [from](Flat... flat, int capability, int processors) {
+    const Arguments asked = from(flat...);
+    const cuda::sm90::Plan hopper = cuda::sm90::plan(asked, capability, processors);
+    if (hopper.outs) return std::pair(hopper.splits, hopper.parts);
+    const cuda::Plan chosen = cuda::plan(asked, processors);
+    return std::pair(chosen.splits, chosen.parts);
   });
 }
 
@@ -251,6 +286,7 @@ PYBIND11_MODULE(_C, m) {
   define_product(m, "conv3x3", packed_convolution);
   define_product(m, "weight_grad", packed_weight_grad);
   define_plan_sm90(m, "conv3x3", packed_convolution);
+  define_splits(m, "conv3x3", packed_convolution);
   m.def("cuda_refusal", [](int64_t n, int64_t h, int64_t w, int64_t c, int64_t k, bool pool_in) {
     return cuda::refusal({n, h, w, c}, k, pool_in);
   });

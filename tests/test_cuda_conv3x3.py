@@ -45,6 +45,7 @@ def check(executor, monkeypatch):
         tile, shape, k = route
         kernels = executor.kernels(schedule) if schedule else executor.kernels()
         monkeypatch.setattr(kernels, "tile", tile)
+        monkeypatch.setattr(kernels, "splits", 1)  # so few tiles would be split: tests/test_cuda_splits.py
         assert kernels.refusal(torch.empty(shape, device="meta"), k) is None
         error, limit = check_conv(kernels, shape, k, dtype, way, device=executor.device, **options)
         assert error <= limit
@@ -251,15 +252,15 @@ def test_what_cuda_says_comes_with_kernel_and_sizes():
     if not refinenet_fast.build_info()["cuda"]["built"]:
         pytest.skip("built without CUDA")
     core = _native._C
-    rest = ((), 0, 0, 1, 1, True, False), (3, 1, False, False, False, False, 0, False, 0, 0)
+    rest = ((), 0, 0, 1, 1, True, False), (3, 1, False, False, False, False, 0, 0, False, 0, 0)
     asked = "CUDA kernel conv3x3 on (N, H, W, C) = (0, 3, 5, 8), K = 4: invalid argument"
     with pytest.raises(RuntimeError, match=re.escape(asked)):
-        core.cuda_conv3x3(*[0] * 6, *rest[0], (0, 3, 5, 8, 4), *rest[1])
+        core.cuda_conv3x3(*[0] * 7, *rest[0], (0, 3, 5, 8, 4), *rest[1])
     with pytest.raises(ValueError, match="add: expected 8 tensors at most"):
-        core.cuda_conv3x3(*[0] * 6, (0,) * 9, *rest[0][1:], (1, 3, 5, 8, 4), *rest[1])
+        core.cuda_conv3x3(*[0] * 7, (0,) * 9, *rest[0][1:], (1, 3, 5, 8, 4), *rest[1])
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match=r"CUDA kernel conv3x3 on .* = \(1, 3, 5, 8\), K = 4: .*(driver|device)"):
-            core.cuda_conv3x3(*[0] * 6, *rest[0], (1, 3, 5, 8, 4), *rest[1])
+            core.cuda_conv3x3(*[0] * 7, *rest[0], (1, 3, 5, 8, 4), *rest[1])
 
 
 @everywhere

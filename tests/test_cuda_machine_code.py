@@ -27,6 +27,12 @@ def test_every_instance(arch):
     assert {str(code): what for code in found if (what := mc.violations(code))} == {}
 
 
+@pytest.mark.parametrize("arch", mc.architectures())
+def test_sums_of_splits_do_not_spill(arch):
+    """Of three types, by whole chunks and by elements."""
+    assert mc.sums_of_splits(arch) == [0] * 6
+
+
 def one(arch=None, **fields):
     codes = read(arch or mc.architectures()[0])
     (found,) = (c for c in codes if all(getattr(c, name) == v for name, v in fields.items()))
@@ -55,6 +61,12 @@ def test_what_is_wrong_on_sm90a_is_seen():
     assert mc.multiplies_as_intended(replace(code, tile=128))[0].startswith("multiplies by {'HGMMA.64x256x16.F32.BF16'")
     stored = replace(code, loop=(*code.loop, "STS.128 [R1], R4"))
     assert mc.copies_ahead(stored)[0].startswith("1 copies in the main loop")
+    drained = tuple(text.replace("gsb0, 0x1", "gsb0, 0x0") for text in code.loop)
+    assert mc.loads_overlap_products(replace(code, loop=drained))[0].startswith("1 waits for operands; products")
+    without = tuple(text for text in code.loop if not text.startswith("SYNCS.PHASECHK"))
+    assert mc.loads_overlap_products(replace(code, loop=without))[0].startswith("0 waits for operands")
+    kept = tuple(text for text in code.sass if not text.startswith("USETMAXREG.DEALLOC"))
+    assert mc.violations(replace(code, sass=kept)) == ["(1, 0) USETMAXREG that take and give registers"]
     pool = one(kernel="pool", arithmetic="BFloat16", side=1, tile=256)
     again = replace(pool, loop=(*pool.loop, "LDS.64 R2, [R4]"))
     assert mc.copies_ahead(again) == ["(13, 25, 16) LDGSTS, LDS.64 and STS.64 in the main loop, not (13, 24, 16)"]

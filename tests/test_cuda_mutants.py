@@ -15,7 +15,9 @@ from executors import needs_nvcc
 from triton_cases import check_conv, check_grads
 
 pytestmark = needs_nvcc
-CONV, POOL, GRAD, SM90 = (f"cuda/{name}.cu" for name in ("conv3x3", "pool_conv3x3", "weight_grad", "conv3x3_sm90"))
+CONV, POOL, GRAD, SM90, SPLITS = (
+    f"cuda/{name}.cu" for name in ("conv3x3", "pool_conv3x3", "weight_grad", "conv3x3_sm90", "conv3x3_splits")
+)
 TILE, POOLED, RING, INDEX, WAY_OUT, SM90_OUT = (
     f"cuda/{name}.h" for name in ("tile", "pooled_tile", "ring", "index", "way_out", "way_out_sm90")
 )
@@ -32,7 +34,9 @@ INSTANCES = {
         for way_in in ("Rectified", "Unchanged")
     )
     + "}\n",
+    SPLITS: "template __global__ void splits_kernel<__nv_bfloat16, 8>(Request);\n",
 }
+SPLIT_LOOPS = (CONV, SM90)  # whose sums SPLITS adds: both are run
 # By one cluster. 3x3: four tiles, the last one of pixels beyond the images, two slices of channels; operand A from
 # registers, and from shared memory. 1x1: more boxes than stages, while all tiles of weights have one.
 SM90_CASES = (
@@ -40,6 +44,7 @@ SM90_CASES = (
     ((3, 72, 5, 3), 40, "gradient", 9),
     ((1, 520, 1, 3), 24, "plain", 1),
 )
+SPLIT_CASE = (1, 200, 3, 9), 24, "first of an rcu"  # in three splits: seven slices of channels, or four
 SCHEDULES = (Schedule(32, 1, "late"), Schedule(128, 0, "early"), Schedule(32, 2, "shuffled"))
 
 
@@ -114,6 +119,12 @@ MUTANTS = (
     Mutant("sm90_sums_not_awaited", SM90, SM90, "ptx::wgmma_wait<0>();", "", "in flight"),
     Mutant("sm90_no_fence_of_registers", SM90, SM90, "(left[i % 2]);\n      ptx::wgmma_fence();", "(left[i % 2]);",
            "wgmma.fence"),
+    Mutant("sm90_no_fence_of_sums", SM90, SM90, "      ptx::wgmma_fence();\n#pragma unroll", "#pragma unroll",
+           "wgmma.fence"),
+    Mutant("sm90_no_fence_of_initialisation", SM90, SM90, "ptx::fence_mbarrier_init();", "",
+           "race|uninitialised|initialis"),
+    Mutant("sm90_proxy_fence_of_one_lane", SM90, SM90_OUT, "ptx::fence_proxy_async();",
+           "if (lane == 0) ptx::fence_proxy_async();", "proxy fence"),
     Mutant("sm90_adds_to_the_last_tile", SM90, SM90, "const bool add = box > 0 || dy > 0;", "const bool add = true;",
            "result|arrivals|race|in flight|deadlock"),
     Mutant("sm90_begins_alone", SM90, SM90, "ptx::cluster_sync();  // nobody", "// nobody",
@@ -156,36 +167,71 @@ MUTANTS = (
            "result|out of bounds"),
     Mutant("sm90_bias_beyond_the_channels", SM90, SM90_OUT, "channel < k ? p.out.bias", "true ? p.out.bias",
            "out of bounds"),
+    Mutant("split_left_out", SPLITS, SPLITS, "split = 0; split < p.splits", "split = 1; split < p.splits", "result"),
+    Mutant("one_split_too_many", SPLITS, SPLITS, "split < p.splits", "split <= p.splits", "out of bounds"),
+    Mutant("parts_of_the_next_pixel", SPLITS, SPLITS, "int64_t{pixel} * k + channel;\n", "int64_t{pixel} * k + k;\n",
+           "out of bounds|result"),
+    Mutant("pixels_beyond_the_parts", SPLITS, SPLITS, "if (pixel >= pixels) return;", "", "out of bounds"),
+    Mutant("split_of_unequal_halves", SPLITS, CONV, "end = split_begin(slices, split + 1, p.splits)",
+           "end = begin + slices / p.splits", "result"),
+    Mutant("every_split_begins_anew", SPLITS, CONV, "first_pixel, first_out, begin)", "first_pixel, first_out, 0)",
+           "result"),
+    Mutant("weights_of_another_split", SPLITS, CONV, "weights_.skip(first_slice);", "", "result"),
+    Mutant("splits_share_a_part", SPLITS, WAY_OUT, "p.parts + split * (pixels_of(p.shape) * p.k)", "p.parts",
+           "race|result"),
+    Mutant("sm90_split_takes_all_slices", SPLITS, SM90, "return split_begin(slices_, split + 1, splits_);",
+           "return slices_;", "result"),
+    Mutant("sm90_split_multiplies_too_many", SPLITS, SM90, "(tiles.end() - tiles.begin()) * side, side",
+           "(tiles.end() - tiles.begin() + 1) * side, side", "deadlock|race"),
+    Mutant("sm90_parts_stored_by_tma", SPLITS, "cuda/plan_sm90.h", "p.splits <= 1 && !p.out.select", "!p.out.select",
+           "result|bounds|map|undefined|launch"),
     Mutant("odd_pitch", CONV, INDEX, "return tile + 8;", "return tile + 5;", "not aligned"),
 )  # fmt: skip
 
 
 def reduced(source: str) -> str:
     """A source with one instance of each of its kernels."""
-    kernels, _, _ = (CSRC / source).read_text().partition("using Kernel =")
+    kernels, _, _ = re.split(r"(using Kernel =|template <class T>\nstruct Sum )", (CSRC / source).read_text())
     return f"{kernels}{INSTANCES[source]}}}\n}}\n"
 
 
 def changed(mutant: Mutant) -> dict[str, str]:
     """The mutant's sources, by their paths below csrc."""
-    texts = {mutant.file: (CSRC / mutant.file).read_text(), mutant.source: reduced(mutant.source)}
+    texts = {mutant.file: (CSRC / mutant.file).read_text(), **instances(mutant.source)}
     count = texts[mutant.file].count(mutant.pattern)
     assert count == 1, f"{mutant.name}: {mutant.pattern!r} occurs {count} times"
     texts[mutant.file] = texts[mutant.file].replace(mutant.pattern, mutant.replacement)
     return texts
 
 
+def instances(source: str) -> dict[str, str]:
+    """Reduced sources of what is run to run this one."""
+    return {path: reduced(path) for path in (source, *(SPLIT_LOOPS if source == SPLITS else ()))}
+
+
+def split_error(kernels: Emulated) -> tuple[float, float]:
+    kernels.splits = 3
+    return check_conv(kernels, *SPLIT_CASE[:2], torch.bfloat16, SPLIT_CASE[2])
+
+
 def finding(source: str, texts: dict[str, str]) -> str:
     """What is said of it; "" if nothing is wrong."""
     for schedule in SCHEDULES:
         kernels = Emulated(schedule=schedule, tile=64, changed=texts)
+        kernels.splits = 1
         try:
             if source == SM90:
                 kernels = Emulated("sm_90a", schedule, tile=64, processors=2, changed=texts)
+                kernels.splits = 1
                 for shape, k, way, taps in SM90_CASES:
                     error, limit = check_conv(kernels, shape, k, torch.bfloat16, way, taps=taps)
                     if error > limit:
                         break
+            elif source == SPLITS:
+                error, limit = split_error(kernels)
+                if error <= limit:
+                    hopper = Schedule(128, schedule.seed, schedule.completion)
+                    error, limit = split_error(Emulated("sm_90a", hopper, tile=64, processors=2, changed=texts))
             elif source != GRAD:  # two images; both channels end within a tile
                 pool, shape = source == POOL, (1, 72, 3, 9) if source == POOL else (2, 40, 5, 7)
                 error, limit = check_conv(kernels, shape, 24, torch.bfloat16, "first of an rcu", pool=pool)
@@ -206,6 +252,6 @@ def test_mutant(mutant):
     assert re.search(mutant.expect, said), f"expected {mutant.expect}, got {said or 'nothing'}"
 
 
-@pytest.mark.parametrize("source", [CONV, POOL, GRAD, SM90])
+@pytest.mark.parametrize("source", [CONV, POOL, GRAD, SM90, SPLITS])
 def test_nothing_is_said_of_the_kernels_themselves(source):
-    assert finding(source, {source: reduced(source)}) == ""
+    assert finding(source, instances(source)) == ""

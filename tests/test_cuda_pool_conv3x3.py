@@ -10,7 +10,7 @@ from emulator import Schedule
 from emulator.backend import Emulated
 from emulator.compilers import CSRC, nvcc, start
 from executors import needs_nvcc
-from refinenet_fast.backends import WayIn, WayOut
+from refinenet_fast.backends import WayIn, WayOut, table
 from refinenet_fast.testing import Data, conv, maxpool, relative_l2
 from triton_cases import WAYS, check_conv, tf32
 
@@ -144,6 +144,39 @@ def test_an_empty_batch(executor):
 
 
 @needs_nvcc
-def test_on_sm_90a():
-    error, limit = check_conv(Emulated("sm_90a"), (1, 24, 3, 5), 16, BF16, "everything", pool=True)
+@taps
+def test_the_fused_kernel_on_sm_90a(taps):
+    kernels = Emulated("sm_90a", tile=64)
+    assert launched(kernels, (1, 24, 3, 5), taps) == ["conv3x3"]
+    error, limit = check_conv(kernels, (1, 24, 3, 5), 16, BF16, "everything", taps, pool=True)
     assert error <= limit
+
+
+def launched(kernels, shape, taps, dtype=BF16) -> list[str]:  # shape: (N, C, H, W)
+    """The kernels of a pool and a convolution to 16 channels."""
+    found, call = [], kernels._call
+    kernels._call = lambda function, like, *arguments: found.append(function)
+    side = 3 if taps == 9 else 1
+    kernels.conv3x3(torch.empty(shape, dtype=dtype), torch.empty(16, shape[1], side, side), WayIn(True, pool=True))
+    kernels._call = call
+    return found
+
+
+@needs_nvcc
+def test_a_pool_before_3x3_is_apart_on_sm_90a(monkeypatch, tmp_path):
+    """By default, and where the loop of wgmma takes what is left."""
+    kernels, shape = Emulated("sm_90a", processors=2), (1, 24, 3, 5)
+    assert launched(kernels, shape, 9) == ["maxpool5", "conv3x3"]
+    error, limit = check_conv(kernels, shape, 16, BF16, "everything", pool=True)
+    assert error <= limit
+    fused = ((shape, 1, BF16), (shape, 9, FP32), ((1, 21, 3, 5), 9, BF16))
+    assert all(launched(kernels, *other) == ["conv3x3"] for other in fused)
+    assert launched(Emulated(), shape, 9) == ["conv3x3"]
+    assert any("on Hopper a pool" in limit for limit in kernels.limits)
+    monkeypatch.setenv("REFINENET_FAST_TABLES", str(tmp_path))
+    for choice, kinds in (({"tile": 64}, ["conv3x3"]), ("apart", ["maxpool5", "conv3x3"])):
+        row = {"kernel": "cuda pool_conv3x3", "dtype": "bfloat16", "shape": [1, 3, 5, 24, 16, 9], "choice": choice}
+        table.write("sm_90", [row], {})
+        assert launched(kernels, shape, 9) == kinds
+    monkeypatch.undo()
+    table.reload()

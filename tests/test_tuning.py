@@ -184,7 +184,24 @@ def test_what_the_cuda_backend_offers_runs(kernel, dtype, c):
         for _, run in trials:
             run()
     large = c == 16 or (c, kernel) == (8, "conv3x3")
-    assert [choice for choice, _ in trials[1:]] == [{"tile": tile} for tile in TILES[kernel][0 if large else 1 :]]
+    more = {"splits": 1} if kernel == "conv3x3" else {}
+    wanted = [{"tile": tile, **more} for tile in TILES[kernel][0 if large else 1 :]]
+    assert [choice for choice, _ in trials[1:]] == wanted
+
+
+@needs_nvcc
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_where_tiles_are_few_the_cuda_backend_offers_splits(arch):
+    """Those of which each multiprocessor has two blocks at most; on Hopper of its own loop's tiles."""
+    kernels, shape = Emulated(arch, processors=4), (1, 3, 5, 136, 72, 9)
+    trials = kernels.trials("conv3x3", "bfloat16", shape, torch.device("cpu"))
+    for _, run in trials:
+        run()
+    widest = [(256, 1), (256, 2)] if arch == "sm_90a" else []
+    pairs = [*widest, (128, 1), (128, 2), (64, 1), (64, 2)]
+    assert [choice for choice, _ in trials[1:]] == [{"tile": tile, "splits": splits} for tile, splits in pairs]
+    many = kernels.trials("conv3x3", "bfloat16", (8, 64, 64, 136, 72, 9), torch.device("cpu"))
+    assert all(choice["splits"] == 1 for choice, _ in many[1:])
 
 
 @needs_core
@@ -192,16 +209,18 @@ def test_what_the_cuda_backend_offers_runs(kernel, dtype, c):
 def test_the_cuda_backend_does_as_its_table_says(folder):
     kernels, x, weight = Emulated(), torch.randn(1, 16, 5, 6, dtype=torch.bfloat16), torch.randn(8, 16, 3, 3)
     pool = backends.WayIn(relu=True, pool=True)
-    assert kernels._tile("conv3x3", x, weight) == 0 and not kernels._is_vendors("conv3x3", x, weight)
+    assert kernels._tiling("conv3x3", x, weight) == (0, 0) and not kernels._is_vendors("conv3x3", x, weight)
     assert kernels._pooled(x, weight, pool) == (x, pool)
     for kernel, choice in (("conv3x3", {"tile": 64}), ("pool_conv3x3", "apart"), ("weight_grad", "vendor")):
         table.write("sm_80", [row((1, 5, 6, 16, 8, 9), choice, f"cuda {kernel}")], {})
-    assert kernels._tile("conv3x3", x, weight) == 64 and kernels._is_vendors("weight_grad", x, weight)
+    assert kernels._tiling("conv3x3", x, weight) == (64, 0) and kernels._is_vendors("weight_grad", x, weight)
     pooled, way_in = kernels._pooled(x, weight, pool)
     assert torch.equal(pooled, kernels.maxpool5(x, relu=True)[0]) and way_in == backends.WayIn()
-    for wrong in ({"tile": 3}, {}, "other"):
+    table.write("sm_80", [row((1, 5, 6, 16, 8, 9), {"tile": 128, "splits": 2}, "cuda conv3x3")], {})
+    assert kernels._tiling("conv3x3", x, weight) == (128, 2)
+    for wrong in ({"tile": 3}, {}, "other", {"tile": 64, "splits": -1}, {"tile": 64, "splits": "two"}):
         table.write("sm_80", [row((1, 5, 6, 16, 8, 9), wrong, "cuda conv3x3")], {})
-        assert kernels._tile("conv3x3", x, weight) == 0
+        assert kernels._tiling("conv3x3", x, weight) == (0, 0)
     table.write("sm_80", [row((1, 5, 6, 16, 8, 9), "vendor", "cuda conv3x3")], {})
     assert kernels.fuses(x, weight, pack=False) == backends.base.BIAS_ONLY
     kernels._call = None  # would fail

@@ -143,8 +143,8 @@ set(CMAKE_CUDA_STANDARD_REQUIRED ON)
 set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
 enable_language(CUDA)
 
-add_library(refinenet_fast_cuda STATIC csrc/cuda/conv3x3.cu csrc/cuda/pool_conv3x3.cu csrc/cuda/weight_grad.cu
-            csrc/cuda/maxpool5.cu csrc/cuda/bilinear.cu csrc/cuda/runtime.cu)
+add_library(refinenet_fast_cuda STATIC csrc/cuda/conv3x3.cu csrc/cuda/conv3x3_splits.cu csrc/cuda/pool_conv3x3.cu
+            csrc/cuda/weight_grad.cu csrc/cuda/maxpool5.cu csrc/cuda/bilinear.cu csrc/cuda/runtime.cu)
 target_include_directories(refinenet_fast_cuda PUBLIC ${PROJECT_SOURCE_DIR}/csrc)
 target_include_directories(refinenet_fast_cuda SYSTEM PUBLIC ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
 # Compressed, machine code and its line numbers take a fifth.

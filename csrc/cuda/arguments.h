@@ -26,6 +26,7 @@ struct WayOut {
 struct PackedConvolution {
   const void* x;        // [N, H, W, C]
   const void* weights;  // [TAPS, K, PITCH]; PITCH: C rounded up to whole chunks of 16 bytes, zeros behind it
+  float* parts;         // [SPLITS, N, H, W, K] of several splits, written; or null
   WayOut out;
   Shape shape;  // of x
   int64_t k;    // output channels
@@ -33,6 +34,7 @@ struct PackedConvolution {
   DType dtype;  // of all but the bias
   int tile;     // pixels and output channels of a block: 128 or 64; with a pool output channels only, 256 or 64, and on
                 // sm_90a output channels only, 256, 128 or 64; 0: as the plan chooses
+  int splits;   // of the input channels, summed apart and then in their order; 0: as the plan chooses
   bool exact;   // float32 as three products of TF32, otherwise as one
   bool turned;  // taps from the last to the first: the input gradient
   bool relu_in, pool_in;

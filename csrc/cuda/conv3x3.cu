@@ -5,6 +5,8 @@
 // A block of 2x2 warps computes kTile pixels x kTile output channels. Pixels follow each other in memory, across rows
 // and images, so nothing is wasted on ragged sizes. It walks over the taps of one slice of channels after another: the
 // nine shifted reads of a slice hit the caches. The input gradient is the same with turned weights.
+//
+// Where tiles are few, blocks split a tile's slices, and conv3x3_splits.cu adds what they have summed.
 #include "cuda/kernels.h"
 #include "cuda/plan_sm90.h"
 #include "cuda/tile.h"
@@ -16,13 +18,14 @@ namespace {
 template <class T, class Copy, int kTile>
 class Loader {
  public:
-  __device__ __forceinline__ Loader(const Request& request, int32_t first_pixel, int32_t first_out)
+  __device__ __forceinline__ Loader(const Request& request, int32_t first_pixel, int32_t first_out, int32_t first_slice)
       : weights_(request.p, first_out), x_(static_cast<const T*>(request.p.x)), c_(request.p.shape.c) {
     const PackedConvolution& p = request.p;
     const int32_t pixels = pixels_of(p.shape);
     row_ = threadIdx.x / kSliceChunks;
     chunk_ = threadIdx.x % kSliceChunks;
-    channel_ = chunk_ * kLanes;
+    channel_ = (first_slice * kSliceChunks + chunk_) * kLanes;
+    weights_.skip(first_slice);
     radius_ = p.side / 2;
     w_ = p.shape.w;
     piece_ = request.piece;
@@ -63,7 +66,7 @@ class Loader {
     tap_ = 0;
     channel_ += kSliceChunks * kLanes;
     own_ += kSliceChunks * kLanes;
-    weights_.next_slice();
+    weights_.skip(1);
   }
 
   WeightLoader<T, kTile> weights_;
@@ -74,22 +77,23 @@ class Loader {
   Tap shift_;  // of tap_
 };
 
-// Grid: tiles of output channels of one tile of pixels, then the next one's.
+// Grid: tiles of output channels of one tile of pixels, then the next one's; then all again for the next split.
 template <class Math, class In, class Copy, int kTile>
 __global__ void __launch_bounds__(kProductThreads, kResident) conv_kernel(Request request) {
   using T = typename Math::Element;
   using Square = Tile<kTile, kTile>;
   extern __shared__ __align__(128) unsigned char shared[];
   const PackedConvolution& p = request.p;
-  const int32_t across = blocks_of<int32_t>(p.k, kTile);
-  const int32_t first_pixel = static_cast<int32_t>(blockIdx.x) / across * kTile;
-  const int32_t first_out = static_cast<int32_t>(blockIdx.x) % across * kTile;
+  const int32_t across = blocks_of<int32_t>(p.k, kTile), tiles = gridDim.x / p.splits;
+  const int32_t split = blockIdx.x / tiles, tile = blockIdx.x % tiles;
+  const int32_t first_pixel = tile / across * kTile, first_out = tile % across * kTile;
+  const int32_t slices = blocks_of<int32_t>(p.shape.c, kNarrowRow / sizeof(T));
+  const int32_t begin = split_begin(slices, split, p.splits), end = split_begin(slices, split + 1, p.splits);
 
   typename Square::Sums sum = {};
-  Loader<T, Copy, kTile> loader(request, first_pixel, first_out);
-  const int32_t slices = blocks_of<int32_t>(p.shape.c, kNarrowRow / sizeof(T));
+  Loader<T, Copy, kTile> loader(request, first_pixel, first_out, begin);
   through_ring<kStages>(
-      ptx::shared_address(shared), 2 * kTile * kNarrowRow, slices * p.side * p.side,
+      ptx::shared_address(shared), 2 * kTile * kNarrowRow, (end - begin) * p.side * p.side,
       [&loader](uint32_t stage) { loader(stage); },
       [&sum](uint32_t stage) {
         const auto same = [](uint32_t pixel) { return pixel; };
@@ -100,7 +104,7 @@ __global__ void __launch_bounds__(kProductThreads, kResident) conv_kernel(Reques
     const int32_t pixel = first_pixel + row, pixels = pixels_of(p.shape);
     return {pixel_at(pixel, request.h, request.w), pixel, pixel < pixels};
   };
-  finish<T, Square>(request, sum, shared, place_of, first_out);
+  finish<T, Square>(request, sum, shared, place_of, first_out, part_of(p, split));
 }
 
 using Kernel = void (*)(Request);
@@ -119,9 +123,11 @@ Kernel kernel_of(const PackedConvolution& p, const Plan& plan) {
 
 }  // namespace
 
-int conv3x3(const PackedConvolution& p, int device, void* stream) {
-  if (p.pool_in) return pool_conv3x3(p, device, stream);
-  if (refusal(p.shape, p.k)) return cudaErrorInvalidValue;
+int conv3x3(const PackedConvolution& asked, int device, void* stream) {
+  if (asked.pool_in) return pool_conv3x3(asked, device, stream);
+  if (refusal(asked.shape, asked.k) || (asked.splits > 1 && !asked.parts)) return cudaErrorInvalidValue;
+  PackedConvolution p = asked;
+  if (!p.parts) p.splits = 1;  // the caller, who makes room for them, has asked the plan
   int processors;
   if (const int error = multiprocessors(device, &processors)) return error;
 #ifdef REFINENET_FAST_SM90A
@@ -130,9 +136,11 @@ int conv3x3(const PackedConvolution& p, int device, void* stream) {
   if (sm90::takes(p, on)) return sm90::conv3x3(p, processors, device, stream);
 #endif
   const Plan chosen = plan(p, processors);
+  p.splits = chosen.splits;
   const Kernel kernel = by_arithmetic(p, [&](auto math) { return kernel_of<decltype(math)>(p, chosen); });
   const Request request{p, divider(p.shape.h), divider(p.shape.w), whole_out(p), chosen.piece};
-  return launch_blocks(kernel, request, chosen.blocks, kProductThreads, chosen.shared_bytes, device, stream);
+  const int error = launch_blocks(kernel, request, chosen.blocks, kProductThreads, chosen.shared_bytes, device, stream);
+  return error || p.splits == 1 ? error : sum_splits(p, device, stream);
 }
 
 }  // namespace refinenet_fast::cuda

@@ -57,7 +57,7 @@ struct Position {
 
 // One block's tiles in the order in which it computes them: all output channels of some pixels, then the next ones. A
 // cluster's blocks take neighbouring pixels, the same output channels, and equally many tiles: where pixels run out,
-// one beyond the last image.
+// one beyond the last image. Where input channels are split, all that for the first slices, then for the next ones.
 template <int kOuts>
 class Tiles {
  public:
@@ -66,22 +66,30 @@ class Tiles {
         across_(blocks_of<int32_t>(p.shape.w, kTileColumns)),
         outs_(blocks_of<int32_t>(p.k, kOuts)),
         count_(static_cast<int32_t>(pixel_groups(p.shape)) * outs_),
+        slices_(blocks_of<int32_t>(p.shape.c, kSlice)),
+        splits_(p.splits),
         next_(blockIdx.x / kCluster) {}
 
   __device__ __forceinline__ bool take() {
-    if (next_ >= count_) return false;
-    const int32_t tile = next_ / outs_ * kCluster + static_cast<int32_t>(ptx::cluster_rank());
-    out = next_ % outs_ * kOuts;
+    split = next_ / count_;
+    if (split >= splits_) return false;
+    const int32_t number = next_ - split * count_;
+    const int32_t tile = number / outs_ * kCluster + static_cast<int32_t>(ptx::cluster_rank());
+    out = number % outs_ * kOuts;
     first = {tile / across_ / down_, tile / across_ % down_ * kTileRows, tile % across_ * kTileColumns};
     next_ += gridDim.x / kCluster;
     return true;
   }
 
-  Pixel first;  // pixel
-  int32_t out;  // the first output channel
+  __device__ __forceinline__ int32_t begin() const { return split_begin(slices_, split, splits_); }
+  __device__ __forceinline__ int32_t end() const { return split_begin(slices_, split + 1, splits_); }
+
+  Pixel first;    // pixel
+  int32_t out;    // the first output channel
+  int32_t split;  // whose slices are begin() ... end() - 1
 
  private:
-  int32_t down_, across_, outs_, count_, next_;
+  int32_t down_, across_, outs_, count_, slices_, splits_, next_;
 };
 
 // ---- The producer: one thread ---------------------------------------------------------------------------------------
@@ -259,7 +267,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
 
   // From one lane, so that the compiler knows it to be the same in a warp, as operands' addresses have to be.
   const int group = __shfl_sync(0xffffffff, threadIdx.x / kWarpgroup, 0), thread = threadIdx.x % kWarpgroup;
-  const int32_t slices = blocks_of<int32_t>(p.shape.c, kSlice), side = p.side;
+  const int32_t side = p.side;
   Tiles<kOuts> tiles(p);
   if (group == kConsumers) {
     ptx::give_registers_back<40>();
@@ -268,7 +276,8 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
       ptx::prefetch_map(weights);
       Producer<kOuts> producer(x, weights, shared, p);
       while (tiles.take()) {
-        for (int32_t slice = 0; slice < slices; ++slice) producer.load(tiles, slice * kSlice);
+        const int32_t end = tiles.end();
+        for (int32_t slice = tiles.begin(); slice < end; ++slice) producer.load(tiles, slice * kSlice);
       }
     }
     __syncwarp();  // this warp, too, meets the others as one
@@ -278,8 +287,8 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
     const uint32_t own = shared.way_out() + __shfl_sync(0xffffffff, threadIdx.x / 32, 0) * kWarpBytes;
     WarpOut<typename Math::Element, kOuts> out(p, y, relued, own, dynamic + (own - start));
     while (tiles.take()) {
-      consumer.multiply(slices * side, side);
-      out.write(tiles.first, tiles.out, consumer.sum);
+      consumer.multiply((tiles.end() - tiles.begin()) * side, side);
+      out.write(tiles.first, tiles.out, tiles.split, consumer.sum);
     }
     out.finish();
   }
@@ -312,7 +321,7 @@ cudaError_t encode_maps(const PackedConvolution& p, int outs, Maps* maps) {
   cudaError_t error = encode_map<4>(&maps->x, p.dtype, p.x, {s.c, s.w, s.h, s.n}, {kSlice, kTileColumns, rows, 1});
   if (error != cudaSuccess) return error;
   error = encode_map<3>(&maps->weights, p.dtype, p.weights, {s.c, p.k, taps}, {kSlice, outs / kCluster, 1});
-  if (error != cudaSuccess || !is_plain(p.out)) return error;
+  if (error != cudaSuccess || !is_plain(p)) return error;
   for (const auto& [map, tensor] : {std::pair(&maps->y, p.out.y), std::pair(&maps->relued, p.out.relued)}) {
     if (!tensor) continue;
     error = encode_map<4>(map, p.dtype, tensor, {p.k, s.w, s.h, s.n},
@@ -324,9 +333,11 @@ cudaError_t encode_maps(const PackedConvolution& p, int outs, Maps* maps) {
 
 }  // namespace
 
-int conv3x3(const PackedConvolution& p, int processors, int device, void* stream) {
-  const Plan chosen = plan(p, kCapability, processors);
+int conv3x3(const PackedConvolution& asked, int processors, int device, void* stream) {
+  const Plan chosen = plan(asked, kCapability, processors);
   if (!chosen.outs) return cudaErrorInvalidValue;
+  PackedConvolution p = asked;
+  p.splits = chosen.splits;
   const OnDevice on(device);
   if (on.error() != cudaSuccess) return on.error();
   Maps maps{};
@@ -347,8 +358,8 @@ int conv3x3(const PackedConvolution& p, int processors, int device, void* stream
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = &cluster;
   config.numAttrs = 1;
-  error = cudaLaunchKernelEx(&config, kernel, maps.x, maps.weights, maps.y, maps.relued, p);
-  return error == cudaSuccess ? cudaGetLastError() : error;
+  const int failed = launch_kernel(config, kernel, maps.x, maps.weights, maps.y, maps.relued, p);
+  return failed || p.splits == 1 ? failed : sum_splits(p, device, stream);
 }
 
 }  // namespace sm90

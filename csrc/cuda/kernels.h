@@ -1,5 +1,6 @@
 // The CUDA kernels' launchers. Each is a plain function: it enqueues on `stream` of `device` and returns a cudaError_t
-// as an int, 0 for success. Nothing is allocated and nothing waits.
+// as an int, 0 for success: that of its own calls, whatever the runtime keeps of others'. Nothing is allocated and
+// nothing waits.
 #pragma once
 
 #include "cuda/arguments.h"
@@ -12,6 +13,7 @@ int bilinear(const Bilinear&, int device, void* stream);
 int bilinear_backward(const BilinearBackward&, int device, void* stream);
 int conv3x3(const PackedConvolution&, int device, void* stream);
 int pool_conv3x3(const PackedConvolution&, int device, void* stream);  // with pool_in
+int sum_splits(const PackedConvolution&, int device, void* stream);    // of `parts`, and the way out
 int weight_grad(const PackedWeightGrad&, int device, void* stream);
 
 // What plan_sm90.h says it takes; part of builds for sm_90a.
@@ -26,5 +28,12 @@ int built_version();
 
 // CUDA's own words for an error.
 const char* error_string(int error);
+
+// What the runtime keeps of the last call that failed, on this thread, for whoever asks; and an end to that.
+int kept_error();
+void forget_error();
+
+// Whether an error can only be that of work that was enqueued before, which every later call is told.
+bool is_of_earlier_work(int error);
 
 }  // namespace refinenet_fast::cuda

@@ -85,7 +85,14 @@ inline int capability(int device, int* number) {
   return cudaSuccess;
 }
 
-// kernel<<<blocks, threads, shared_bytes>>>(arguments)
+// A kernel's launch: its own error. What the runtime keeps of an earlier call is neither taken for it nor cleared, as
+// both `<<<>>>` with cudaGetLastError() would do.
+template <class... Parameters, class... Arguments>
+int launch_kernel(const cudaLaunchConfig_t& config, void (*kernel)(Parameters...), const Arguments&... arguments) {
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+// kernel(arguments) in so many blocks
 template <class Arguments>
 int launch_blocks(void (*kernel)(Arguments), const Arguments& arguments, int64_t blocks, int threads, int shared_bytes,
                   int device, void* stream) {
@@ -97,8 +104,12 @@ int launch_blocks(void (*kernel)(Arguments), const Arguments& arguments, int64_t
     const cudaError_t error = cudaFuncSetAttribute(kernel, attribute, shared_bytes);
     if (error != cudaSuccess) return error;
   }
-  kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments);
-  return cudaGetLastError();
+  cudaLaunchConfig_t config{};
+  config.gridDim = static_cast<unsigned>(blocks);
+  config.blockDim = static_cast<unsigned>(threads);
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.stream = static_cast<cudaStream_t>(stream);
+  return launch_kernel(config, kernel, arguments);
 }
 
 // With one thread for each of `count` work items.

@@ -18,13 +18,15 @@ constexpr int kWide = 256;      // output channels of a block that pools, or kSm
 constexpr int kPoolStages = 3;  // of its ring
 constexpr int kResident = 2;    // blocks of large tiles that one multiprocessor holds
 constexpr int64_t kMostCounted = (int64_t{1} << 31) - kLarge;
+constexpr int64_t kMostParts = int64_t{16} << 20;  // sums of all splits: 64 MB
+constexpr int kFewestSteps = 8;                    // of a convolution's split: fewer hardly fill the ring
 
 struct Plan {
   int tile;   // kLarge or kSmall; of what pools kWide or kSmall
   int piece;  // bytes in which pixels are copied: whole chunks of 16, otherwise 8, 4 or an element, by small tiles
   int64_t blocks;
   int shared_bytes;
-  int splits;     // of the pixels of a weight gradient
+  int splits;     // of the input channels of a convolution, of the pixels of a weight gradient
   int shares;     // in which blocks that read the same gradient divide a split between them, for the bias
   int64_t parts;  // floats for all of these
 };
@@ -57,7 +59,7 @@ inline const char* refusal(const Shape& s, int64_t k, bool pool = false) {
 
 // Whether every pixel of what a way out reads and writes is whole chunks.
 inline bool whole_out(const PackedConvolution& p) {
-  int piece = piece_of(p.dtype, {p.k}, {p.out.y, p.out.relued, p.out.select, p.out.low});
+  int piece = piece_of(p.dtype, {p.k}, {p.parts, p.out.y, p.out.relued, p.out.select, p.out.low});
   for (int i = 0; i < p.out.adds; ++i) piece = std::min(piece, piece_of(p.dtype, {p.k}, {p.out.add[i]}));
   return piece == kChunkBytes;
 }
@@ -81,15 +83,34 @@ inline Plan pool_plan(const PackedConvolution& p, int processors) {
   return {outs, piece_of(p.dtype, {p.shape.c}, {p.x}), blocks(outs), bytes, 1, 1, 0};
 }
 
+// Splits of the `slices` of input channels, whole ones, so that blocks take whole slices: where there are fewer tiles
+// than multiprocessors, as many as give these `resident` blocks each, of so many steps at least.
+inline int splits_of(const PackedConvolution& p, int64_t tiles, int64_t slices, int processors, int resident,
+                     int fewest_steps) {
+  int64_t splits = p.splits;
+  if (!splits && tiles < processors) {
+    splits = std::min(resident * processors / tiles, slices * p.side * p.side / fewest_steps);
+  }
+  splits = std::min({splits, slices, kMostParts / (pixels_of(p.shape) * p.k)});
+  return static_cast<int>(std::max<int64_t>(splits, 1));
+}
+
+// Floats for the sums of all splits; of one they go the way out.
+inline int64_t parts_of(const PackedConvolution& p, int splits) {
+  return splits > 1 ? splits * pixels_of(p.shape) * p.k : 0;
+}
+
 // Large tiles read each operand half as often; small ones are more blocks, and waste less where channels are few.
 inline Plan plan(const PackedConvolution& p, int processors) {
   if (p.pool_in) return pool_plan(p, processors);
   const int piece = piece_of(p.dtype, {p.shape.c}, {p.x});
   const auto blocks = [&](int64_t tile) { return blocks_of(pixels_of(p.shape), tile) * blocks_of(p.k, tile); };
-  const bool large = p.tile ? p.tile == kLarge : p.k > kSmall && blocks(kLarge) >= processors;
+  const bool large = p.tile ? p.tile >= kLarge : p.k > kSmall && blocks(kLarge) >= processors;
   const int tile = piece == kChunkBytes && large ? kLarge : kSmall;
   const int way_out = tile * pitch_of(tile) * static_cast<int>(sizeof(float)), ring = ring_bytes(tile);
-  return {tile, piece, blocks(tile), std::max(ring, way_out), 1, 1, 0};
+  const int64_t slices = blocks_of(p.shape.c, kNarrowRow / bytes_of(p.dtype));
+  const int splits = splits_of(p, blocks(tile), slices, processors, kResident, kFewestSteps);
+  return {tile, piece, blocks(tile) * splits, std::max(ring, way_out), splits, 1, parts_of(p, splits)};
 }
 
 // Pixels of one stage of the weight gradient.

@@ -12,7 +12,8 @@ constexpr int kCluster = 2;  // blocks that share their tiles of weights
 // A row of 8 pixels of 64 channels is one atom of the 128-byte swizzle, 1024 bytes: boxes of such rows begin at
 // multiples of it wherever a tap begins to read, so that the rows above and below cost no load of their own.
 constexpr int kTileColumns = 8, kGroupRows = 8, kTileRows = kConsumers * kGroupRows;
-constexpr int kSlice = 64;  // input channels of a step
+constexpr int kSlice = 64;       // input channels of a step
+constexpr int kFewestSteps = 4;  // of a split
 constexpr int kRowBytes = kSlice * 2, kAtomBytes = kTileColumns * kRowBytes;
 constexpr int kBoxBytes = (kTileRows + 2) * kAtomBytes;  // 18,432: pixels of one slice, shifted by one dx, for every dy
 
@@ -21,8 +22,11 @@ constexpr int kOutSlice = 32, kWarpPixels = 16;
 constexpr int kWarpBytes = kWarpPixels * pitch_of(kOutSlice) * static_cast<int>(sizeof(float));
 constexpr int kOutBytes = kConsumers * 4 * kWarpBytes;
 
-// Whether a way out reads no other map: what it adds is in registers, and TMA stores the rest.
-REFINENET_FAST_BOTH constexpr bool is_plain(const WayOut& out) { return !out.select && !out.low && out.adds == 0; }
+// Whether the sums are all there, and their way out reads no other map: what it adds is in registers, and TMA stores
+// the rest.
+REFINENET_FAST_BOTH constexpr bool is_plain(const PackedConvolution& p) {
+  return p.splits <= 1 && !p.out.select && !p.out.low && p.out.adds == 0;
+}
 
 constexpr int kMostShared = 232448;  // of a block
 
@@ -53,6 +57,8 @@ struct Plan {
   int outs;        // output channels of a tile, 256, 128 or 64; 0: the other loop takes this
   int64_t blocks;  // that stay, taking one tile after the other
   int shared_bytes;
+  int splits;     // of the input channels
+  int64_t parts;  // floats for all of these
 };
 
 // Clusters' worth of tiles of pixels.
@@ -69,7 +75,17 @@ inline bool takes(const PackedConvolution& p, int capability) {
 }
 
 // As wide as the output channels, so that pixels are read once; narrower where there would be fewer tiles than
-// multiprocessors.
+// multiprocessors, and split over input channels where even narrow ones are fewer. Narrow tiles come first: they read
+// shared memory more often, and splits write, read and add float32 sums in a launch of their own. Predicted in
+// thousands of cycles, on 132 multiprocessors, for 3x3; in brackets the splits that give each multiprocessor one tile
+// at most:
+//   outputs                          64        128        256
+//   512 -> 512, 8 x 16 x 16       28 (1)     30 (2)     34 (4)
+//   256 -> 256, 1 x 64 x 64       15 (1)     20 (2)     24 (4)
+//   256 -> 256, 1 x 32 x 32       10 (4)     12 (4)     16 (4)
+// A step of 64 channels keeps the tensor cores busy for 4 cycles an output, shared memory for 3 and 176 besides: the
+// longer counts. A tile takes 1.5 thousand to fill the ring; sums move 8 bytes each, 24 a cycle and multiprocessor, and
+// their launch takes 3 thousand.
 inline Plan plan(const PackedConvolution& p, int capability, int processors) {
   if (!takes(p, capability)) return {};
   const auto blocks = [&](int outs) { return kCluster * pixel_groups(p.shape) * blocks_of<int64_t>(p.k, outs); };
@@ -77,7 +93,10 @@ inline Plan plan(const PackedConvolution& p, int capability, int processors) {
   while (outs > 64 && (p.k <= outs / 2 || blocks(outs) < processors)) outs /= 2;
   if (p.tile == 256 || p.tile == 128 || p.tile == 64) outs = p.tile;
   const int64_t room = processors > kCluster ? processors / kCluster * kCluster : kCluster;
-  return {outs, blocks(outs) < room ? blocks(outs) : room, shared_bytes(outs)};
+  const int64_t slices = blocks_of<int64_t>(p.shape.c, kSlice);
+  const int splits = splits_of(p, blocks(outs), slices, processors, 1, kFewestSteps);
+  const int64_t all = blocks(outs) * splits;
+  return {outs, all < room ? all : room, shared_bytes(outs), splits, parts_of(p, splits)};
 }
 
 }  // namespace refinenet_fast::cuda::sm90

@@ -36,7 +36,7 @@ class Loader {
     if (++tap_ < kSide * kSide) return;
     tap_ = 0;
     channel_ += kSliceChunks * kLanes;
-    weights_.next_slice();
+    weights_.skip(1);
     if (++slice_ == Geometry::kSlices) slice_ = 0;
   }
 

@@ -60,7 +60,7 @@ class WeightLoader {
     }
   }
 
-  __device__ __forceinline__ void next_slice() { own_ += kSliceChunks * kLanes; }
+  __device__ __forceinline__ void skip(int32_t slices) { own_ += slices * (kSliceChunks * kLanes); }
 
  private:
   static constexpr int kLanes = kChunkBytes / sizeof(T), kRows = kOuts / kRowsAtOnce;
@@ -119,10 +119,11 @@ struct Place {
   bool inside;     // whether there is one
 };
 
-// The way out of a tile, V neighbouring output channels at a time; place_of(i) is that of the tile's pixel i.
+// The way out of a tile, or into `part` [N, H, W, K] of one split, V neighbouring output channels at a time;
+// place_of(i) is that of the tile's pixel i.
 template <class T, int V, class Tile, class PlaceOf>
-__device__ __forceinline__ void write(const WayOut& out, const float* tile, const PlaceOf& place_of, int32_t first_out,
-                                      int32_t k) {
+__device__ __forceinline__ void write(const WayOut& out, float* part, const float* tile, const PlaceOf& place_of,
+                                      int32_t first_out, int32_t k) {
   for (int item = threadIdx.x; item < Tile::kPixels * Tile::kOuts / V; item += kProductThreads) {
     const int row = item / (Tile::kOuts / V), column = item % (Tile::kOuts / V) * V;
     const Place place = place_of(row);
@@ -132,22 +133,26 @@ __device__ __forceinline__ void write(const WayOut& out, const float* tile, cons
 #pragma unroll
     for (int i = 0; i < V; ++i) value[i] = tile[row * pitch_of(Tile::kOuts) + column + i];
     Spot<T, V> spot{value, place.pixel, int64_t{place.number} * k + channel, channel, k};
-    AllSteps::apply(out, spot);
+    if (part) {
+      store_part(value, part + spot.at);
+    } else {
+      AllSteps::apply(out, spot);
+    }
   }
 }
 
 // All of it, through shared memory, so that global memory sees whole rows instead of pairs.
 template <class T, class Tile, class PlaceOf>
 __device__ __forceinline__ void finish(const Request& request, const typename Tile::Sums& sum, unsigned char* shared,
-                                       const PlaceOf& place_of, int32_t first_out) {
+                                       const PlaceOf& place_of, int32_t first_out, float* part = nullptr) {
   float* tile = reinterpret_cast<float*>(shared);
   spread<Tile>(sum, tile);
   __syncthreads();  // rows are read by other warps than wrote them
   const int32_t k = request.p.k;
   if (request.whole_out) {
-    write<T, kChunkBytes / sizeof(T), Tile>(request.p.out, tile, place_of, first_out, k);
+    write<T, kChunkBytes / sizeof(T), Tile>(request.p.out, part, tile, place_of, first_out, k);
   } else {
-    write<T, 1, Tile>(request.p.out, tile, place_of, first_out, k);
+    write<T, 1, Tile>(request.p.out, part, tile, place_of, first_out, k);
   }
 }
 

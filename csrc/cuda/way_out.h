@@ -102,6 +102,24 @@ struct Store {
   }
 };
 
+// Sums of one of several splits, as they are: conv3x3_splits.cu reads them.
+template <int V>
+__device__ __forceinline__ void store_part(const float (&value)[V], float* to) {
+  constexpr int kAtOnce = V < 4 ? V : 4;
+#pragma unroll
+  for (int i = 0; i < V; i += kAtOnce) {
+    Pack<float, kAtOnce> pack;
+#pragma unroll
+    for (int lane = 0; lane < kAtOnce; ++lane) pack.lane[lane] = value[i + lane];
+    store<float, kAtOnce>(to + i, pack);
+  }
+}
+
+// Where those of split number `split` lie, [N, H, W, K]; null where there is one split, whose sums go the way out.
+__device__ __forceinline__ float* part_of(const PackedConvolution& p, int32_t split) {
+  return p.splits > 1 ? p.parts + split * (pixels_of(p.shape) * p.k) : nullptr;
+}
+
 template <class... Steps>
 struct InThisOrder {
   template <class T, int V>

@@ -15,6 +15,7 @@ struct WarpTile {
   const PackedConvolution& p;
   Pixel first;  // of its pixels
   int32_t out;  // the first output channel
+  float* part;  // [N, H, W, K] of one split, or null
 };
 
 // ---- Any way out: threads take whole chunks of a pixel --------------------------------------------------------------
@@ -30,7 +31,7 @@ __device__ __forceinline__ void spread(const float* sum, float* slice) {
   }
 }
 
-// The way out of those 32, of which `out` is the first.
+// The way out of those 32, of which `out` is the first, or into the split's part.
 template <class T>
 __device__ __forceinline__ void write(const WarpTile& tile, const float* slice, int32_t out) {
   constexpr int kLanes = kChunkBytes / sizeof(T), kChunks = kOutSlice / kLanes;
@@ -47,7 +48,11 @@ __device__ __forceinline__ void write(const WarpTile& tile, const float* slice, 
     for (int i = 0; i < kLanes; ++i) value[i] = slice[row * pitch_of(kOutSlice) + column + i];
     const int64_t pixel = (int64_t{at.image} * h + at.row) * w + at.column;
     Spot<T, kLanes> spot{value, at, pixel * k + channel, channel, k};
-    AllSteps::apply(p.out, spot);
+    if (tile.part) {
+      store_part(value, tile.part + spot.at);
+    } else {
+      AllSteps::apply(p.out, spot);
+    }
   }
 }
 
@@ -155,13 +160,13 @@ class WarpOut {
   // Its part of shared memory by both kinds of address; the maps are of a plain way out.
   __device__ __forceinline__ WarpOut(const PackedConvolution& p, const CUtensorMap& y, const CUtensorMap& relued,
                                      uint32_t own, void* slice)
-      : p_(p), y_(y), relued_(relued), slice_(static_cast<float*>(slice)), buffers_(own), plain_(is_plain(p.out)) {}
+      : p_(p), y_(y), relued_(relued), slice_(static_cast<float*>(slice)), buffers_(own), plain_(is_plain(p)) {}
 
-  // A tile's sums, which are changed; `first` is the tile's first pixel.
-  __device__ __forceinline__ void write(const Pixel& first, int32_t out, float (&sum)[kOuts / 2]) {
+  // A tile's sums, which are changed, of one split's input channels; `first` is the tile's first pixel.
+  __device__ __forceinline__ void write(const Pixel& first, int32_t out, int32_t split, float (&sum)[kOuts / 2]) {
     constexpr int kWarpRows = kWarpPixels / kTileColumns;
     const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);
-    const WarpTile tile{p_, {first.image, first.row + warp * kWarpRows, first.column}, out};
+    const WarpTile tile{p_, {first.image, first.row + warp * kWarpRows, first.column}, out, part_of(p_, split)};
     if (plain_) {
       store_tile<T, kOuts>(tile, sum, buffers_, y_, relued_);
     } else {

@@ -137,11 +137,47 @@ void convolution_plans_of_sm90a() {
   check(outs(p) == 256, "float16");
   p.sm80_loop = true;
   check(outs(p) == 0, "the other loop was asked for");
-  check(sm90::is_plain(p.out), "nothing but a result");
+  check(sm90::is_plain(p), "nothing but a result");
+  p.splits = 2;
+  check(!sm90::is_plain(p), "sums of splits");
+  p.splits = 0;
   p.out.adds = 1;
-  check(!sm90::is_plain(p.out), "a sum");
+  check(!sm90::is_plain(p), "a sum");
   check(outs(convolution({int64_t{1} << 30, 1, 1, 8}, 320)) == 0, "more tiles than are counted");
   check(outs(convolution({1, 46336, 46336, 64}, 64)) == 64, "2^31 - ... pixels");
+}
+
+// Where tiles are few: as many as there is room for, of whole slices and enough steps, not more than 64 MB of sums.
+void convolution_splits() {
+  const auto splits = [](const PackedConvolution& p) { return plan(p, 108).splits; };
+  const auto hopper = [](const PackedConvolution& p) { return sm90::plan(p, 90, 132).splits; };
+  for (const Shape& s : {Shape{8, 128, 128, 256}, Shape{8, 16, 16, 512}, Shape{1, 64, 64, 256}}) {
+    const PackedConvolution p = convolution(s, s.c);
+    check(splits(p) == 1 && hopper(p) == 1 && !plan(p, 108).parts, "tiles are enough", s.h, s.c);
+  }
+  PackedConvolution p = convolution({1, 32, 32, 256}, 256);
+  const Plan usual = plan(p, 108);
+  check(usual.splits == 3 && usual.tile == kSmall && usual.blocks == 64 * 3, "64 tiles", usual.splits, usual.blocks);
+  check(usual.parts == 3 * 32 * 32 * 256, "room for all sums", usual.parts);
+  const sm90::Plan wide = sm90::plan(p, 90, 132);
+  check(wide.splits == 4 && wide.outs == 64 && wide.blocks == 128 && wide.parts == 4 * 32 * 32 * 256, "32 tiles",
+        wide.splits, wide.blocks);
+  p.side = 1;
+  check(splits(p) == 1 && hopper(p) == 1, "few steps");
+  p = convolution({1, 16, 16, 512}, 512);
+  check(splits(p) == 6 && hopper(p) == 8, "fewer tiles", splits(p), hopper(p));
+  for (const int asked : {1, 2, 5, 100}) {
+    p.splits = asked;
+    check(splits(p) == std::min(asked, 16) && hopper(p) == std::min(asked, 8), "as asked, of whole slices", asked);
+  }
+  p = convolution({8, 128, 128, 256}, 256);
+  p.splits = 4;
+  check(splits(p) == 1 && hopper(p) == 1, "no more than 64 MB");
+  p = convolution({1, 8, 8, 24}, 16);
+  check(splits(p) == 1 && hopper(p) == 1, "one slice");
+  p.pool_in = true;
+  p.splits = 4;
+  check(splits(p) == 1, "a pool on the way in");
 }
 
 void weight_grad_plans() {
@@ -184,6 +220,7 @@ int main() {
   splits();
   convolution_plans();
   convolution_plans_of_sm90a();
+  convolution_splits();
   weight_grad_plans();
   refusals();
   std::printf("%d failed\n", failures);

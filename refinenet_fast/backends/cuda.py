@@ -32,6 +32,8 @@ from refinenet_fast.layout import empty_nhwc, nhwc
 CHUNK = 16  # bytes that are copied at once: rows of packed weights are whole ones
 # Output channels of a block, by kernel as the tables name it, the smallest last.
 TILES = {"conv3x3": (128, 64), "pool_conv3x3": (256, 64), "weight_grad": (128, 64)}
+HOPPER_TILES = (256, 128, 64)  # of conv3x3 by wgmma
+SPLITS = (2, 4, 8)  # of the input channels, that are tried
 
 
 class Cuda(Native):
@@ -39,7 +41,8 @@ class Cuda(Native):
 
     Float32 convolutions use TF32 where cuDNN would, and else three products of TF32 numbers for each of float32. On
     Hopper, those of 16-bit types run by TMA and wgmma; the loop of sm_80 takes what these cannot: channels or tensors
-    that are not whole chunks of 16 bytes at multiples of that.
+    that are not whole chunks of 16 bytes at multiples of that. Where tiles are fewer than multiprocessors, convolutions
+    are split over input channels; the parts, in float32, are added in their order.
     """
 
     name = "cuda"
@@ -50,9 +53,11 @@ class Cuda(Native):
         "channels or addresses that 16 bytes do not divide: tiles of 64 channels, copies of 8 or 4 bytes or elements",
         "more than 2^31 - 128 pixels, weights or blocks: the vendor's convolution",
         f"a pool before more than {POOLED_CHANNELS} output channels: a kernel of its own",
+        "on Hopper a pool before a 3x3 convolution of 16-bit types: a kernel of its own, unless a table says otherwise",
     )
     # Pixels and channels of a block of the convolutions: 128 or 64; after a pool and on sm_90a channels alone, 256 too
     tile = 0  # 0: by the sizes
+    splits = 0  # of the convolutions' input channels; 0: by the sizes
     sm80_loop = False  # of 16-bit convolutions on Hopper too, for comparing
 
     def unavailable(self) -> str | None:
@@ -102,11 +107,21 @@ class Cuda(Native):
         family = self._architecture(x.device).family
         return lookup(Question(family, f"cuda {kernel}", arithmetic(x.dtype), (n, h, w, c, k, taps)))
 
-    def _tile(self, kernel: str, x: Tensor, weight: Tensor, rotated: bool = False) -> int:
-        """Output channels of a block; 0 where neither anyone nor the tables say."""
-        choice = None if self.tile else self._choice(kernel, x, weight, rotated)
-        tile = choice.get("tile") if isinstance(choice, dict) else None
-        return tile if tile in TILES[kernel] else self.tile
+    def _takes_wgmma(self, dtype: torch.dtype, device: torch.device, c: int, k: int) -> bool:
+        """Whether Hopper's own loop takes a convolution with so many channels: tensors as PyTorch allocates them."""
+        size = torch.finfo(dtype).bits // 8
+        whole = c * size % CHUNK == 0 and k * size % CHUNK == 0
+        return self._architecture(device).capability == 90 and size == 2 and whole and not self.sm80_loop
+
+    def _tiling(self, kernel: str, x: Tensor, weight: Tensor, rotated: bool = False) -> tuple[int, int]:
+        """Output channels of a block, and splits of the input channels; 0 where neither anyone nor the tables say."""
+        choice = None if self.tile or self.splits else self._choice(kernel, x, weight, rotated)
+        if not isinstance(choice, dict):
+            return self.tile, self.splits
+        tile, splits = choice.get("tile"), choice.get("splits", 0)
+        known = (*TILES[kernel], *HOPPER_TILES) if kernel == "conv3x3" else TILES[kernel]
+        sound = tile in known and isinstance(splits, int) and splits >= 0
+        return (tile, int(splits)) if sound else (0, 0)
 
     def _is_vendors(self, kernel: str, x: Tensor, weight: Tensor, rotated: bool = False) -> bool:
         if self.refusal(x, weight.shape[1 if rotated else 0]):
@@ -122,11 +137,12 @@ class Cuda(Native):
         x, gy = (nhwc(torch.randn(n, m, h, w, device=device, dtype=kind)) for m in (c, k))
         weight, way_out = torch.randn(k, c, side, side, device=device, dtype=kind), WayOut(add=(gy,))
 
-        def own(tile: int) -> None:
+        def own(tile: int, splits: int = 1) -> None:
             if kernel == "weight_grad":
                 self._gradients(x, gy, weight, False, None, tile)
             else:
-                self._convolve(x, weight, WayIn(pool=kernel == "pool_conv3x3"), way_out, tile=tile)
+                pool = WayIn(pool=kernel == "pool_conv3x3")
+                self._convolve(x, weight, pool, way_out, tiling=(tile, splits))
 
         def others() -> None:
             if kernel == "weight_grad":
@@ -137,9 +153,21 @@ class Cuda(Native):
                 self.way_out(VendorConv._conv3x3(self, x, weight, PLAIN_IN, PLAIN_OUT, False), way_out)
 
         whole = c * x.element_size() % CHUNK == 0 and (kernel == "conv3x3" or uses_tf32(kind))
-        tiles = TILES[kernel] if whole else TILES[kernel][-1:]  # others fall back to the smallest
-        own_ones = [({"tile": tile}, partial(own, tile)) for tile in tiles]
+        tiles: tuple[int, ...] = TILES[kernel] if whole else TILES[kernel][-1:]  # others fall back to the smallest
+        if kernel == "conv3x3" and self._takes_wgmma(kind, device, c, k):
+            tiles = HOPPER_TILES
+        choices: list[dict[str, int]] = [{"tile": tile} for tile in tiles]
+        if kernel == "conv3x3":
+            choices = [{"tile": tile, "splits": s} for tile in tiles for s in self._splits(tile, shape, device)]
+        own_ones = [(dict(choice), partial(own, **choice)) for choice in choices]
         return [("apart" if kernel == "pool_conv3x3" else "vendor", others), *own_ones]
+
+    def _splits(self, tile: int, shape: Shape, device: torch.device) -> list[int]:
+        """Worth a trial: 1, and what gives each multiprocessor two blocks at most, of 64 input channels at least."""
+        n, h, w, c, k, _ = shape
+        tiles = -(-n * h * w // min(tile, 128)) * -(-k // tile)
+        room = 2 * self._architecture(device).processors // tiles
+        return [1, *(s for s in SPLITS if s <= min(room, c // 64))]
 
     def fuses(self, x: Tensor, weight: Tensor, pack: bool) -> Fused:
         k = weight.shape[0]
@@ -154,10 +182,17 @@ class Cuda(Native):
         return super().conv3x3(x, weight, way_in, way_out, pack)
 
     def _pooled(self, x: Tensor, weight: Tensor, way_in: WayIn) -> tuple[Tensor, WayIn]:
-        """What is left to do where the tables would rather have a kernel of its own pool."""
-        if not way_in.pool or self.refusal(x, weight.shape[0], pool=True):
+        """What is left to do where a kernel of its own had better pool.
+
+        As the tables say; by default on Hopper before 3x3, as only the loop of sm_80 pools on the way in, and nine taps
+        by wgmma should gain more than a pooled map costs that is written and read.
+        """
+        k, taps = weight.shape[0], weight.shape[2] * weight.shape[3]
+        if not way_in.pool or self.refusal(x, k, pool=True):
             return x, way_in
-        apart = self._choice("pool_conv3x3", x, weight) == "apart"
+        choice = self._choice("pool_conv3x3", x, weight)
+        by_default = taps == 9 and not self.tile and self._takes_wgmma(x.dtype, x.device, x.shape[1], k)
+        apart = choice == "apart" or (choice is None and by_default)
         return self._compose_in(x, way_in, frozenset()) if apart else (x, way_in)
 
     def _conv3x3(self, x: Tensor, weight: Tensor, way_in: WayIn, way_out: WayOut, pack: bool) -> Tensor:
@@ -189,11 +224,11 @@ class Cuda(Native):
         way_out: WayOut,
         rotated: bool = False,
         relued: Tensor | None = None,  # (N, K, H, W), written
-        tile: int | None = None,
+        tiling: tuple[int, int] | None = None,
     ) -> Tensor:  # (N, K, H, W)
         """The convolution, its ReLU into ``relued``; ``rotated``: that of an input gradient.
 
-        ``tile``: None for what the tables say.
+        ``tiling``: Output channels of a block, and splits; None for what the tables say.
         """
         x = self._take(x, "x")
         check_weight(weight, x, 0 if rotated else 1)
@@ -202,30 +237,24 @@ class Cuda(Native):
         y = empty_nhwc(x, (n, k, h, w))
         packed = pack_weight(weight, x.dtype, rotated, CHUNK // x.element_size())
         fused, left = _first_adds(matched(way_out, y), _native._C.CUDA_MOST_ADDS)
-        if tile is None:
-            tile = self._tile("pool_conv3x3" if way_in.pool else "conv3x3", x, weight, rotated)
+        if tiling is None:
+            tiling = self._tiling("pool_conv3x3" if way_in.pool else "conv3x3", x, weight, rotated)
+        tile, splits = tiling
         low = fused.upsample
         bias = None if fused.bias is None else fused.bias.to(torch.float32)
-        self._call(
-            "conv3x3",
-            x,
-            *(pointer(t) for t in (x, packed, y, relued, bias, fused.select)),
-            [pointer(t) for t in (*fused.add, *fused.add_relu)],
-            len(fused.add),
-            pointer(low),
-            *((1, 1) if low is None else low.shape[2:]),
-            fused.align_corners,
-            fused.relu,
-            (n, h, w, c, k),
-            side,
-            DTYPES[x.dtype],
-            not uses_tf32(x.dtype),
-            rotated,
-            way_in.relu,
-            way_in.pool,
-            tile,
-            self.sm80_loop,
-        )
+        adds = [pointer(t) for t in (*fused.add, *fused.add_relu)], len(fused.add)
+        resized = pointer(low), *((1, 1) if low is None else low.shape[2:]), fused.align_corners
+        kinds = side, DTYPES[x.dtype], not uses_tf32(x.dtype), rotated, way_in.relu, way_in.pool
+
+        def arguments(parts: Tensor | None, splits: int) -> tuple[object, ...]:
+            buffers = (pointer(t) for t in (x, packed, parts, y, relued, bias, fused.select))
+            steps = *adds, *resized, fused.relu
+            return *buffers, *steps, (n, h, w, c, k), *kinds, tile, splits, self.sm80_loop
+
+        on = self._architecture(x.device)
+        splits, room = _native._C.cuda_splits_conv3x3(*arguments(None, splits), on.capability, on.processors)
+        parts = torch.empty(room, dtype=torch.float32, device=x.device) if splits > 1 else None
+        self._call("conv3x3", x, *arguments(parts, splits))
         return self.way_out(y, left)
 
     def conv3x3_weight_grad(self, x: Tensor, gy: Tensor, weight: Tensor, way_in: WayIn = PLAIN_IN) -> Tensor:
@@ -261,7 +290,7 @@ class Cuda(Native):
         gw = gradient_like(weight if weight.dtype in DTYPES else weight.to(torch.float32))
 
         if tile is None:
-            tile = self._tile("weight_grad", x, weight)
+            tile, _ = self._tiling("weight_grad", x, weight)
 
         def arguments(parts: Tensor | None, splits: int) -> tuple[object, ...]:
             buffers = (pointer(x), pointer(gy), pointer(parts), pointer(gw), pointer(gb))

@@ -1,4 +1,4 @@
-"""Launches of the CUDA products: host code of csrc/cuda/{conv3x3,conv3x3_sm90,pool_conv3x3,weight_grad}.cu.
+"""Launches of the CUDA products: host code of the convolutions' and the weight gradient's files in csrc/cuda.
 
 What they are made of, tiles, blocks and shared memory, comes from ``csrc/cuda/plan.h`` and ``plan_sm90.h`` themselves.
 """
@@ -44,6 +44,8 @@ class HopperPlan(NamedTuple):
     outs: int
     blocks: int
     shared: int
+    splits: int
+    parts: int
 
 
 class Launch(NamedTuple):
@@ -88,6 +90,7 @@ def convolution(
     plan: Plan | HopperPlan,
     x: int,
     weights: int,
+    parts: int,
     y: int,
     relued: int,
     bias: int,
@@ -107,6 +110,7 @@ def convolution(
     relu_in: bool,
     pool_in: bool,
     tile: int,
+    splits: int,
     sm80_loop: bool,
 ) -> list[Launch]:
     """Of ``_C.cuda_conv3x3``."""
@@ -121,10 +125,18 @@ def convolution(
     )
     pitch = -(-c * size // CHUNK) * CHUNK
     pixels, taps = bytes_at(x, n * h * w * c * size), bytes_at(weights, side * side * k * pitch)
-    asked = *way_out, n, h, w, c, k, side, dtype, tile, exact, turned, relu_in, pool_in, sm80_loop
-    layout = f"2Q{4 + MOST_ADDS + 1}Qqq?7xqq?7x2i?7x4qq3i5?7x"
+    options = n, h, w, c, k, side, dtype, tile, plan.splits, exact, turned, relu_in, pool_in, sm80_loop
+    sums = bytes_at(parts, plan.parts * 4)
+    asked = sums, *way_out, *options
+    layout = f"3Q{4 + MOST_ADDS + 1}Qqq?7xqq?7x2i?7x4qq4i5?3x"
+    whole_out = k * size % CHUNK == 0 and not any(m % CHUNK for m in [*maps, parts])
+    lanes = CHUNK // size if whole_out else 1
+    given = Struct(f"{layout}9I4x", (0, 0, *asked, *divider(k // lanes), *divider(h), *divider(w)))
+    threads = -(-n * h * w * k // lanes // SUM_THREADS)
+    name = f"splits_kernelI{ELEMENTS[dtype]}Li{lanes}E"
+    summed = [Launch("cuda/conv3x3_splits.cu", name, threads, SUM_THREADS, 0, (given,))] * (plan.splits > 1)
     if isinstance(plan, HopperPlan):
-        stored = (0, 0) if add or low or select else way_out[:2]  # is_plain()
+        stored = (0, 0) if add or low or select or summed else way_out[:2]  # is_plain()
         box, part = (1, SM90_ROWS + side // 2 * 2, SM90_COLUMNS, SM90_SLICE), plan.outs // SM90_CLUSTER
         arguments = (
             tensor_map(pixels, (n, h, w, c), box, dtype),
@@ -134,8 +146,7 @@ def convolution(
         )
         name = f"{name_of('wgmma_kernel', dtype, exact, relu_in)}Li{plan.outs}E"
         source = "cuda/conv3x3_sm90.cu"
-        return [Launch(source, name, plan.blocks, SM90_THREADS, plan.shared, arguments, SM90_CLUSTER)]
-    whole_out = k * size % CHUNK == 0 and not any(m % CHUNK for m in maps)
+        return [Launch(source, name, plan.blocks, SM90_THREADS, plan.shared, arguments, SM90_CLUSTER), *summed]
     down, across = (-(-h // TILE_EDGE), -(-w // TILE_EDGE)) if pool_in else (h, w)
     request = Struct(
         f"{layout}IIIIII?3xi", (pixels, taps, *asked, *divider(down), *divider(across), whole_out, plan.piece)
@@ -144,7 +155,7 @@ def convolution(
         name = f"pool_kernelINS0_{product_of(dtype, exact)}ELi{side}ELi{plan.tile}E"
         return [Launch("cuda/pool_conv3x3.cu", name, plan.blocks, THREADS, plan.shared, (request,))]
     name = name_of("conv_kernel", dtype, exact, relu_in) + copied(plan)
-    return [Launch("cuda/conv3x3.cu", name, plan.blocks, THREADS, plan.shared, (request,))]
+    return [Launch("cuda/conv3x3.cu", name, plan.blocks, THREADS, plan.shared, (request,)), *summed]
 
 
 def tensor_map(memory: np.ndarray | int, shape: tuple[int, ...], box: tuple[int, ...], dtype: int) -> TensorMap | bytes:
