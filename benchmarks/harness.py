@@ -139,8 +139,7 @@ def prepare(case, inputs, direction, contender):
         with patience(case.patience * PATIENCE[device.type], "building it"):
             built = entry.built = contender.build(case, inputs, direction == FORWARD, timed)
             entry.run = timed(built.function)
-            if contender.compiles or direction == FORWARD or device.type == "cuda":
-                entry.run()  # compiling, cuDNN's search and first calls need memory of their own
+            entry.run()  # compiling, building, cuDNN's search and first calls need memory of their own
         peak, results = machine.peak_memory(entry.run, device)
         entry.peak_memory_bytes = None if built.keeps_memory else peak
         entry.error, entry.problem = _gate(case, inputs, contender, results)

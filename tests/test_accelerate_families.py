@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import gc
+import json
+import subprocess
 import sys
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,6 +19,7 @@ from torch import nn
 
 from refinenet_fast import accelerate, explain, restore, use_backend
 from refinenet_fast.testing import relative_l2
+from refinenet_fast.training.memory import LiveBytes
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 depth_models = pytest.importorskip("depth_models", reason="needs the checkout's benchmarks/")
@@ -168,3 +173,39 @@ def test_the_benchmark_compares_gradients_that_have_a_size():
     case = bench_accelerate.case("depth-anything", "tiny", True, True)
     inputs = harness.inputs_of(case, torch.float32, torch.device("cpu"))
     assert max(inputs.eager_errors) < 1e-2
+
+
+def training(family: str, width: str) -> list[Callable[[], list[torch.Tensor]]]:
+    """A step of a decoder as it is, and of the accelerated one; both have run once."""
+    case = bench_accelerate.case(family, width, False, True)
+    generator = torch.Generator().manual_seed(0)
+    xs, ws = case.setup(torch.float32, torch.device("cpu"), generator)
+    xs, ws = [x.requires_grad_() for x in xs], [torch.nn.Parameter(w) for w in ws]
+    gy = torch.ones_like(case.eager(xs, ws))
+    steps = [functools.partial(harness.training_step, run, xs, ws, gy) for run in (case.eager, case.ours("cpu"))]
+    for run in steps:
+        run()
+    return steps
+
+
+@pytest.mark.parametrize("family", depth_models.FAMILIES)
+def test_a_decoder_holds_no_more_in_training(family):
+    """All tensors of a step, those that are saved for backward among them."""
+    peaks = []
+    for run in training(family, "tiny"):
+        with LiveBytes() as live:
+            run()
+        peaks.append(live.peak)
+    assert 0 < peaks[1] <= peaks[0]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the resident set from /proc")
+def test_a_decoder_needs_no_more_memory_in_training(tmp_path):
+    """As the benchmark measures it: what kernels work in counts as well."""
+    options = "--families depth-anything --widths S --directions forward+backward --contenders eager,cpu --device cpu"
+    rows = tmp_path / "rows.json"
+    command = [sys.executable, bench_accelerate.__file__, *options.split(), "--threads", "2", "--seconds", "1"]
+    subprocess.run([*command, "--json", rows], check=True, timeout=900)
+    peaks = {row["contender"]: row["peak_memory_bytes"] for row in json.loads(rows.read_text())["rows"]}
+    assert 0 < peaks["cpu"] <= peaks["eager"]

@@ -34,12 +34,14 @@ constexpr int64_t kGroup = 64 / kPanel;  // panels whose products with a patch f
 struct Division : Tiling {
   bool small;
   int64_t panels, group, block, blocks;
+  int64_t small_depth;            // input channels of a small map whose weights are transformed at a time
   int64_t pitch, panel_elements;  // from one transformed patch to the next, from one [C][kPanel] of weights to the next
 
   Division(const Convolution& p, int threads)
       : Tiling(p.shape),
         small(tiles <= kSmallTiles),
         panels(ceil_div(p.k, kPanel)),
+        small_depth(smaller(kSmallDepth, p.shape.c)),
         pitch(patch_pitch(p.shape.c)),
         panel_elements(p.shape.c * kPanel + kStagger) {
     const int64_t fit = kBlockBytes / (kPoints * 4 * pitch) / kMaxRows * kMaxRows;
@@ -58,13 +60,13 @@ Band band(const Tile& first, int64_t tiles) { return {first.n, first.y - 1, firs
 struct Scratch {
   int64_t v_elements, u_elements, m_elements, pooled_elements;
   float* v;       // [tiles][36][pitch]: patches
-  float* u;       // [groups][36][panels of the group][C][kPanel]: weights; of a small map [36][kSmallDepth][kPanel]
+  float* u;       // [groups][36][panels of the group][C][kPanel]: weights; of a small map [36][small_depth][kPanel]
   float* m;       // [panels of the group][block][36][kPanel]: products
   float* pooled;  // [band().elements()]
 
   Scratch(const Convolution& p, const Division& d)
       : v_elements(round_up((d.small ? d.tiles : d.block) * kPoints * d.pitch, 16)),
-        u_elements(round_up(kPoints * (d.small ? kSmallDepth * kPanel + kStagger : d.panels * d.panel_elements), 16)),
+        u_elements(round_up(kPoints * (d.small ? d.small_depth * kPanel + kStagger : d.panels * d.panel_elements), 16)),
         m_elements(d.group * d.block * kPoints * kPanel),
         pooled_elements(p.pool_in ? round_up(band({}, smaller(d.small ? kFewTiles : d.block, d.across)).elements(), 16)
                                   : 0) {}
@@ -207,8 +209,8 @@ void convolve_small(const Convolution& p, const Division& d, const Scratch& s, c
   }
 #pragma omp for schedule(dynamic)
   for (int64_t panel = 0; panel < d.panels; ++panel) {
-    for (int64_t c = 0; c < p.shape.c; c += kSmallDepth) {
-      const int64_t depth = smaller(kSmallDepth, p.shape.c - c), stride = depth * kPanel + kStagger;
+    for (int64_t c = 0; c < p.shape.c; c += d.small_depth) {
+      const int64_t depth = smaller(d.small_depth, p.shape.c - c), stride = depth * kPanel + kStagger;
       transform_weights(p, panel, c, depth, s.u, stride);
       for (int64_t i = 0; i < kPoints; ++i) {
         gemm(s.v + i * d.pitch + c, kPoints * d.pitch, s.u + i * stride, depth, s.m + i * kPanel, kPoints * kPanel,

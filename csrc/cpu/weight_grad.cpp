@@ -2,7 +2,7 @@
 //
 // The tiles are taken in chunks whose transformed patches and gradients the outer memory holds. Of each chunk, and each
 // of the 36 points, [C][tiles] by [tiles][K] is added to the sums of that point. Every sum runs over the tiles in their
-// order, whatever the number of threads.
+// order, whatever the chunks and the number of threads.
 #include "cpu/gemm.h"
 #include "cpu/kernels.h"
 #include "cpu/patches.h"
@@ -11,10 +11,10 @@
 namespace refinenet_fast::cpu::REFINENET_FAST_ISA {
 namespace {
 
-constexpr int64_t kChunkBytes = 64 << 20;
-constexpr int64_t kDepth = 128;      // tiles whose gradients of a panel stay in the first-level cache
-constexpr int64_t kAheadTiles = 32;  // tiles ahead whose patches are fetched into the first-level cache
-constexpr int64_t kBiasTiles = 64;   // tiles whose gradients are summed by one thread
+constexpr int64_t kChunkBytes = 32 << 20;  // chunks of 64 MB took up to a quarter longer on two threads
+constexpr int64_t kDepth = 128;            // tiles whose gradients of a panel stay in the first-level cache
+constexpr int64_t kAheadTiles = 32;        // tiles ahead whose patches are fetched into the first-level cache
+constexpr int64_t kBiasTiles = 64;         // tiles whose gradients are summed by one thread
 
 // How the work is divided, and what is kept on the way.
 struct Plan : Tiling {
