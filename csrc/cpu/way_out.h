@@ -29,9 +29,11 @@ struct Place {
   int64_t n, y, x;
 };
 
+// Only where a vector is a whole line: a tile's outputs are 16 pixels, whose part-filled lines would be written in
+// parts.
 template <class T>
 static inline bool streams(const T* y /* [N, H, W, K] */, const Convolution& p) {
-  return streams(y, p.shape.n * p.shape.h * p.shape.w, p.k);
+  return kVectorBytes == 64 && streams(y, p.shape.n * p.shape.h * p.shape.w, p.k);
 }
 
 // Outputs has each(body), which calls body(i, pixel) for the outputs i that are inside the image, `pixel` numbering

@@ -378,14 +378,15 @@ class fixed_order:
         weight: Tensor,  # (K, C, R, R)
         weight_grad: bool = False,
     ) -> None:
-        self.cuda = x.device.type == "cuda"
+        self.cuda, self.blocks = x.device.type == "cuda", 1
+        self.restore: int | None = None
+        if x.device.type != "cpu" or torch.compiler.is_compiling():  # an export keeps no number of threads
+            return
         large = weight_grad or x.shape[2] * x.shape[3] < self.FEW_PIXELS
         side = self.LARGEST_BLOCK if large else self.BLOCK
-        blocks = max(1, (weight.shape[0] // side) * (weight.shape[1] // side))
-        traced = torch.compiler.is_compiling()  # in an export, which keeps no number of threads
-        threads = torch.get_num_threads() if x.device.type == "cpu" and not traced else 1
-        self.restore = threads if threads > blocks else None
-        self.blocks = blocks
+        self.blocks = max(1, (weight.shape[0] // side) * (weight.shape[1] // side))
+        if torch.get_num_threads() > self.blocks:
+            self.restore = torch.get_num_threads()
 
     def __enter__(self) -> None:
         if self.restore:

@@ -22,8 +22,8 @@ from refinenet_fast.backends.table import Question, lookup
 from refinenet_fast.layout import empty_nhwc, nhwc
 
 FUSES = Fused(frozenset({"relu", "pool"}), frozenset({"bias", "relu", "select", "add", "add_relu", "upsample"}))
-# Bytes of a map up to which a pool on the way in is faster than one apart, by instruction set. In a larger one the rows
-# of a window come from memory: with AVX-512, 256 channels at 128x128 take 24 ms against 22, of which the pool is 2.
+# Bytes of one image's map up to which a pool on the way in is faster than one apart, by instruction set. In a larger
+# one a window's rows come from memory: with AVX-512, 256 channels at 128x128 take 24 ms against 22, the pool 2 of them.
 LARGEST_POOLED = {"avx512": 8 << 20}
 DTYPES = (torch.float32, torch.bfloat16)  # of activations; inside everything is float32
 NAMES = {9: "winograd", 1: "gemm"}  # in tables, by taps
@@ -94,7 +94,8 @@ def _few_products(asked: Question) -> bool:
 @functools.lru_cache(maxsize=1)
 def _multiplies_bfloat16() -> bool:
     """Whether oneDNN multiplies matrices of bfloat16 here (AMX), many times faster than vectors of float32."""
-    most = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()  # what it may use, by its documentation
+    most = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "ALL"  # what it may use
+    most = most.upper()
     return torch.cpu._is_amx_tile_supported() and (most in ("ALL", "DEFAULT") or "AMX" in most)
 
 
@@ -103,7 +104,7 @@ def fuses(
 ) -> Fused:
     """The steps that are faster inside :func:`convolve` than apart."""
     largest = LARGEST_POOLED.get(_native._C.cpu_isa())
-    if largest is None or x.numel() * x.element_size() <= largest:
+    if largest is None or x[0].numel() * x.element_size() <= largest:
         return FUSES
     return Fused(FUSES.way_in - {"pool"}, FUSES.way_out)
 
