@@ -20,7 +20,7 @@ ln -sf "$core" "$package"
 # The runtime has to be there before the first malloc, so that it sees every tensor's memory; it looks for the C++
 # runtime's functions as it starts, and Python itself has none. Python and PyTorch leak by intent.
 LD_PRELOAD=$(ldd "$core" | awk '/lib(clang_rt\.)?(asan|ubsan)|libstdc\+\+/ { print $3 }' | paste -sd:) \
-  ASAN_OPTIONS=detect_leaks=0${ASAN_OPTIONS:+:$ASAN_OPTIONS} \
+  ASAN_OPTIONS=detect_leaks=0:max_malloc_fill_size=1073741824:malloc_fill_byte=255${ASAN_OPTIONS:+:$ASAN_OPTIONS} \
   UBSAN_OPTIONS=print_stacktrace=1${UBSAN_OPTIONS:+:$UBSAN_OPTIONS} \
   PYTHONPATH=$build/python${PYTHONPATH:+:$PYTHONPATH} \
   "${PYTHON:-python3}" "$@"

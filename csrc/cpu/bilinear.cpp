@@ -16,8 +16,8 @@ BilinearTaps* all_taps(const BilinearAxis& axis, BilinearTaps* taps /* [out] */)
 template <class T>
 void forward(const Bilinear& p, int threads) {
   const int64_t channels = p.in.c, width = p.columns.out, height = p.rows.out;
-  void* scratch = workspace(width * sizeof(BilinearTaps));
-  const BilinearTaps* columns = all_taps(p.columns, static_cast<BilinearTaps*>(scratch));
+  const Workspace workspace(width * sizeof(BilinearTaps));
+  const BilinearTaps* columns = all_taps(p.columns, reinterpret_cast<BilinearTaps*>(workspace.data()));
   const bool streamed = p.add != p.y && streams(static_cast<T*>(p.y), p.in.n * height * width, channels);
 #pragma omp parallel num_threads(threads)
   {
@@ -92,7 +92,8 @@ void backward(const BilinearBackward& p, int threads) {
   }
   const int64_t bytes = round_up(widest * pitch * 4, 64);
   const int64_t taps_bytes = round_up((height + width) * sizeof(BilinearTaps), 64);
-  char* scratch = static_cast<char*>(workspace(taps_bytes + bytes * threads));
+  const Workspace workspace(taps_bytes + bytes * threads);
+  char* scratch = workspace.data();
   const BilinearTaps* rows = all_taps(p.rows, reinterpret_cast<BilinearTaps*>(scratch));
   const BilinearTaps* columns = all_taps(p.columns, reinterpret_cast<BilinearTaps*>(scratch) + height);
 #pragma omp parallel num_threads(threads)

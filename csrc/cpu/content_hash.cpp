@@ -36,7 +36,8 @@ uint64_t chunk_hash(const char* p, size_t bytes) {
 uint64_t content_hash(const void* memory, size_t bytes, int threads) {
   constexpr size_t kChunk = 128 * 1024;
   const int64_t chunks = static_cast<int64_t>((bytes + kChunk - 1) / kChunk);
-  uint64_t* hashes = static_cast<uint64_t*>(workspace(chunks * sizeof(uint64_t)));
+  const Workspace workspace(chunks * sizeof(uint64_t));
+  uint64_t* hashes = reinterpret_cast<uint64_t*>(workspace.data());
 #pragma omp parallel for num_threads(threads) if (chunks > 1) schedule(static)
   for (int64_t i = 0; i < chunks; ++i) {
     const size_t begin = i * kChunk;

@@ -134,7 +134,8 @@ template <class T>
 void convolve(const Convolution& p, int threads) {
   const Division d(p, threads);
   const int64_t u_bytes = round_up(d.panels * d.panel_elements * 4, 64);
-  char* memory = static_cast<char*>(workspace(Taps::bytes(p) + u_bytes + Scratch::bytes(d) * threads));
+  const Workspace workspace(Taps::bytes(p) + u_bytes + Scratch::bytes(d) * threads);
+  char* memory = workspace.data();
   const Taps taps(p, memory);
   memory += Taps::bytes(p);
   float* u = reinterpret_cast<float*>(memory);  // [panels][C][kPanel]: weights

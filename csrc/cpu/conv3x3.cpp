@@ -15,13 +15,10 @@
 namespace refinenet_fast::cpu::REFINENET_FAST_ISA {
 namespace {
 
-// Bytes of transformed patches that a block has, about what the second-level cache holds: 512 KB on Zen 2 to 4, 1 to
-// 2 MB on the processors that have AVX-512.
-#if defined(__AVX512F__)
-constexpr int64_t kBlockBytes = 704 * 1024;
-#else
-constexpr int64_t kBlockBytes = 512 * 1024;
-#endif
+// Bytes of transformed patches and of their products that a block has, where the fewest tiles have no more: less than
+// the second-level cache holds, 512 KB on Zen 2 to 4 and 1 to 2 MB on the processors that have AVX-512. More would be
+// no faster there (with 32 to 128 channels, seen up to 704 KB), and they are memory that the call needs.
+constexpr int64_t kBlockBytes = 352 * 1024;
 // Tiles of a block at least. For fewer the weights would be read too often, from the outer cache or from memory; that
 // then the patches, which are read in order, come from the outer cache costs less.
 constexpr int64_t kFewestTiles = round_up(24, kMaxRows);
@@ -44,8 +41,8 @@ struct Division : Tiling {
         small_depth(smaller(kSmallDepth, p.shape.c)),
         pitch(patch_pitch(p.shape.c)),
         panel_elements(p.shape.c * kPanel + kStagger) {
-    const int64_t fit = kBlockBytes / (kPoints * 4 * pitch) / kMaxRows * kMaxRows;
     group = small ? 1 : smaller(kGroup, panels);
+    const int64_t fit = kBlockBytes / (kPoints * 4 * (pitch + group * kPanel)) / kMaxRows * kMaxRows;
     blocks = small ? 1 : smaller(tiles, round_up(ceil_div(tiles, larger(kFewestTiles, fit)), threads));
     block = ceil_div(tiles, blocks);
   }
@@ -250,7 +247,8 @@ template <class T>
 void convolve(const Convolution& p, int threads) {
   const Division d(p, threads);
   const Scratch sizes(p, d);
-  char* memory = static_cast<char*>(workspace(Taps::bytes(p) + (sizes.shared(d) + sizes.own(d) * threads) * 4));
+  const Workspace workspace(Taps::bytes(p) + (sizes.shared(d) + sizes.own(d) * threads) * 4);
+  char* memory = workspace.data();
   const Taps taps(p, memory);
 #pragma omp parallel num_threads(threads)
   {

@@ -61,35 +61,6 @@ const Available& available() {
 
 std::atomic<const Kernels*> chosen{nullptr};
 
-// Grown on demand, freed when its thread ends. In huge pages where the system has them: convolutions go through more of
-// it than the processor has translations for.
-struct Scratch {
-  static constexpr size_t kHugePage = 2 << 20;
-  void* memory = nullptr;
-  size_t bytes = 0;
-
-  ~Scratch() { std::free(memory); }
-
-  void* at_least(size_t wanted) {
-#ifdef __SANITIZE_ADDRESS__
-    const bool enough = wanted == bytes;  // so that an access behind what was asked for is found
-#else
-    const bool enough = wanted <= bytes;
-#endif
-    if (!enough) {
-      std::free(memory);
-      const size_t page = wanted < kHugePage ? 64 : kHugePage, rounded = (wanted + page - 1) / page * page;
-      memory = std::aligned_alloc(page, rounded);
-      bytes = memory ? wanted : 0;
-      if (!memory) throw std::bad_alloc();
-#ifdef MADV_HUGEPAGE
-      if (page == kHugePage) madvise(memory, rounded, MADV_HUGEPAGE);
-#endif
-    }
-    return memory;
-  }
-};
-
 }  // namespace
 
 const Kernels* const* available_kernels(int* count) {
@@ -112,9 +83,16 @@ bool use_isa(const char* isa) {
   return false;
 }
 
-void* workspace(size_t bytes) {
-  static thread_local Scratch scratch;
-  return scratch.at_least(bytes);
+Workspace::Workspace(size_t bytes) {
+  constexpr size_t kLine = 64, kHugePage = 2 << 20;
+  const size_t page = bytes < kHugePage ? kLine : kHugePage, rounded = (bytes + page - 1) / page * page;
+  memory_ = static_cast<char*>(std::aligned_alloc(page, rounded));
+  if (!memory_ && rounded) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+  if (page == kHugePage) madvise(memory_, rounded, MADV_HUGEPAGE);
+#endif
 }
+
+Workspace::~Workspace() { std::free(memory_); }
 
 }  // namespace refinenet_fast::cpu

@@ -28,8 +28,21 @@ const Kernels& kernels();
 // False if no available instruction set has that name; then nothing changes.
 bool use_isa(const char* isa);
 
-// Scratch memory of the calling thread, 64-byte aligned: kept and reused, grown on demand, overwritten by the next
-// call. Throws std::bad_alloc, so it is called outside parallel regions only.
-void* workspace(size_t bytes);
+// Scratch memory of one call, 64-byte aligned, not initialised. Nothing is held between calls: a network's largest
+// would be held by every thread that has run it, beside the maps of all its other layers. The allocator keeps what it
+// gives back for the next one. In huge pages where the system has them: convolutions go through more of it than the
+// processor has translations for. Throws std::bad_alloc, so it is made outside parallel regions only.
+class Workspace {
+ public:
+  explicit Workspace(size_t bytes);
+  ~Workspace();
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+
+  char* data() const { return memory_; }
+
+ private:
+  char* memory_;
+};
 
 }  // namespace refinenet_fast::cpu

@@ -183,10 +183,10 @@ void forward(const MaxPool5& p, int threads) {
   const int64_t pitch = round_up(p.shape.c, kLanes);
   const Tiling tiling(p.shape, kTaps * pitch * 5, threads);
   const int64_t row = tiling.width * pitch, bytes = Ring::bytes(row);
-  char* scratch = static_cast<char*>(workspace(bytes * threads));
+  const Workspace workspace(bytes * threads);
 #pragma omp parallel num_threads(threads)
   {
-    const Ring ring(scratch + bytes * thread_number(), row);
+    const Ring ring(workspace.data() + bytes * thread_number(), row);
 #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < tiling.count; ++i) {
       forward_tile<T, kArgmax, kRelu>(p, tiling.tile(p.shape, i), ring, pitch);
@@ -254,10 +254,10 @@ void backward(const MaxPool5Backward& p, int threads) {
   const int64_t pitch = round_up(p.shape.c, kLanes);
   const Tiling tiling(p.shape, pitch * (4 + kTaps * (1 + static_cast<int64_t>(sizeof(T)))), threads);
   const int64_t bytes = round_up((tiling.width + 2 * kRadius) * pitch * 4, 64);
-  char* scratch = static_cast<char*>(workspace(bytes * threads));
+  const Workspace workspace(bytes * threads);
 #pragma omp parallel num_threads(threads)
   {
-    float* received = reinterpret_cast<float*>(scratch + bytes * thread_number());  // [width + 4][pitch]
+    float* received = reinterpret_cast<float*>(workspace.data() + bytes * thread_number());  // [width + 4][pitch]
 #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < tiling.count; ++i) {
       const Tile tile = tiling.tile(p.shape, i);

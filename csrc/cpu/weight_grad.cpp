@@ -144,7 +144,8 @@ void finish(const WeightGrad& p, const Plan& d, const float* u, int64_t c, int64
 template <class T>
 void differentiate(const WeightGrad& p, int threads) {
   const Plan d(p);
-  const Buffers b(d, static_cast<float*>(workspace(d.elements() * 4)));
+  const Workspace workspace(d.elements() * 4);
+  const Buffers b(d, reinterpret_cast<float*>(workspace.data()));
   const T* x = static_cast<const T*>(p.x);
 #pragma omp parallel num_threads(threads)
   {
