@@ -61,9 +61,9 @@ def accelerate(model: Model, *, copy: bool = False) -> Model:
     Parameters stay where they are: ``state_dict`` is unchanged, training goes on, autocast and ``torch.compile`` (after
     this call) work. Batch norm is folded in eval, anew at each call. The block's own forward runs in training with
     batch norm, where hooks sit on its children, where its activation or another part has been changed since, under
-    ``torch.func``, forward-mode derivatives and ``torch.jit.trace``, and for arguments that are not those of the ops.
-    Gradients of gradients raise. Results are in ``channels_last`` memory. A block whose ReLU works in place no longer
-    overwrites its input.
+    ``torch.func``, forward-mode derivatives and ``torch.jit.trace``, and for arguments that are not those of the ops
+    (Prompt Depth Anything's fusions: for a prompt). Gradients of gradients raise. Results are in ``channels_last``
+    memory. A block whose ReLU works in place no longer overwrites its input.
 
     Args:
         model: Any module; changed in place, unless
@@ -286,10 +286,12 @@ def _accelerated(kind: Any, adapter: Adapter) -> type[nn.Module]:
     """The subclass of a block's class whose forward is the adapter's."""
     parameters = list(inspect.signature(kind.forward).parameters.values())[1:]
     names = [p.name for p in parameters if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
+    defaults = {p.name: p.default for p in parameters}
 
     @functools.wraps(kind.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         maps, options = _in_order(names, args, kwargs)
+        options = {k: given for k, given in options.items() if k not in defaults or given is not defaults[k]}
         return adapter.forward(self, functools.partial(kind.forward, self, *args, **kwargs), *maps, **options)
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> tuple[Any, ...]:

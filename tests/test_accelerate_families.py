@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import dataclasses
 import functools
@@ -17,7 +18,7 @@ import pytest
 import torch
 from torch import nn
 
-from refinenet_fast import accelerate, explain, restore, use_backend
+from refinenet_fast import accelerate, adapters, explain, restore, use_backend
 from refinenet_fast.testing import relative_l2
 from refinenet_fast.training.memory import LiveBytes
 
@@ -113,6 +114,46 @@ def test_results_and_gradients(family):
         want, got = step(model, x), step(fast, x)
         assert relative_l2(got[0], want[0]) <= 1e-4
         assert worst(got[1:], want[1:]) <= 1e-3
+
+
+@pytest.fixture
+def ran(monkeypatch) -> collections.Counter[str]:
+    """How often each op has run in a block's place."""
+    counts: collections.Counter[str] = collections.Counter()
+
+    def counted(fused: Callable[..., torch.Tensor | None]) -> Callable[..., torch.Tensor | None]:
+        def call(self, *args, **kwargs):
+            y = fused(self, *args, **kwargs)
+            counts[self.op] += y is not None
+            return y
+
+        return call
+
+    for kind in adapters.Adapter.__subclasses__():
+        monkeypatch.setattr(kind, "fused", counted(kind.fused))
+    return counts
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_fusion_and_convolution_runs_on_the_ops(family, ran):
+    """And the units inside the fusions, which do not call them."""
+    model = accelerate(built(family))
+    ran.clear()  # of the trials
+    with torch.no_grad():
+        result(model, image(*FAMILIES[family][1][0]))
+    assert ran == {op: count for op, count in FAMILIES[family][2].items() if op != "rcu"}
+
+
+def test_a_prompt_is_for_the_fusions_own_forward(ran):
+    """It calls the units, 7 of the 8: the deepest fusion has no skip."""
+    model = built("prompt_depth_anything")
+    fast = accelerate(model, copy=True)
+    ran.clear()
+    x, prompt = image(*ODD[0]), torch.rand(1, 1, 20, 30, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        want, got = (m(x, prompt_depth=prompt).predicted_depth for m in (model, fast))
+        assert relative_l2(got, want) <= 1e-4 < relative_l2(model(x).predicted_depth, want)
+    assert ran == {"rcu": 7, "conv3x3": 6}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
