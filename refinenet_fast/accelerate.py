@@ -55,8 +55,8 @@ def accelerate(model: Model, *, copy: bool = False) -> Model:
     Recognised are the blocks of DPT, MiDaS, Depth Anything, ZoeDepth, Depth Pro, CroCo and DUSt3R, VGGT (those of
     Hugging Face, of segmentation_models_pytorch, the original ones, and these copied elsewhere) and of RefineNet's
     published ports: by the names of their classes, then by a trial on a small input, in which a copy of the block with
-    random weights has to give what the ops give. Where a block has been found, the model's other 3x3 convolutions of
-    stride 1 follow.
+    random weights has to give what the ops give. Where a block has been replaced, the model's other 3x3 convolutions
+    of stride 1 follow.
 
     Parameters stay where they are: ``state_dict`` is unchanged, training goes on, autocast and ``torch.compile`` (after
     this call) work. Batch norm is folded in eval, anew at each call. The block's own forward runs in training with
@@ -87,7 +87,8 @@ def accelerate(model: Model, *, copy: bool = False) -> Model:
             _replace(place.module, _chosen(place)[0])
     if any(_adapter(place.module) for place in places):
         for place in places:
-            if place.plain and place.obstacle is None and _adapter(place.module) is None:
+            free = place.plain and place.obstacle is None and not any(map(_adapter, place.blocks))
+            if free and _adapter(place.module) is None:
                 _replace(place.module, Plain())
     else:
         warnings.warn(_nothing(model, places), stacklevel=2)
@@ -120,14 +121,15 @@ def explain(model: nn.Module) -> list[Explanation]:
         TypeError: ``model`` is no module; says what came.
     """
     _check_module(model)
+    places = _places(model)
+    refusals = {place.module: _refusal(place) for place in places}
     rows = []
-    for place in _places(model):
-        adapter, reason = _adapter(place.module), place.obstacle
-        if adapter is not None:
-            reason = adapter.hindrance(place.module)
-        elif reason is None:
-            reason = (None if place.plain else _chosen(place)[1]) or "not accelerated"
+    for place in places:
+        if place.plain and any(refusals[block] is None for block in place.blocks):
+            continue  # a part of theirs
+        adapter = _adapter(place.module)
         op = None if adapter is None else adapter.op
+        reason = (refusals[place.module] or "not accelerated") if adapter is None else adapter.hindrance(place.module)
         rows.append(Explanation(place.name, type(place.module).__name__, op, reason))
     return rows
 
@@ -138,30 +140,32 @@ def _check_module(model: Any) -> None:
 
 
 class _Place(NamedTuple):
-    """What could be replaced: a block with an adapter's name, or a plain convolution outside of blocks."""
+    """What could be replaced: a block with an adapter's name, or a plain convolution, which may be inside of one."""
 
     name: str
     module: nn.Module
     plain: bool
     obstacle: str | None  # why it must not be replaced
+    blocks: tuple[nn.Module, ...]  # those around it
 
 
 def _places(model: nn.Module) -> list[_Place]:
     """In the order of the model, but a block's own blocks before it."""
     seen: set[nn.Module] = set()
 
-    def walk(name: str, module: nn.Module, inside: bool, compiled: bool) -> Iterator[_Place]:
+    def walk(name: str, module: nn.Module, blocks: tuple[nn.Module, ...], compiled: bool) -> Iterator[_Place]:
         if module in seen or isinstance(module, OWN):
             return
         seen.add(module)
         compiled |= "_orig_mod" in module._modules or module._compiled_call_impl is not None
         block = bool(_candidates(module))
+        around = (*blocks, module) if block else blocks
         for child_name, child in module.named_children():
-            yield from walk(f"{name}.{child_name}" if name else child_name, child, inside or block, compiled)
-        if block or (not inside and _is_convolution(module)):
-            yield _Place(name, module, not block, _obstacle(module, compiled))
+            yield from walk(f"{name}.{child_name}" if name else child_name, child, around, compiled)
+        if block or _is_convolution(module):
+            yield _Place(name, module, not block, _obstacle(module, compiled), blocks)
 
-    return list(walk("", model, False, False))
+    return list(walk("", model, (), False))
 
 
 def _is_convolution(module: nn.Module) -> bool:
@@ -186,6 +190,13 @@ def _candidates(module: nn.Module) -> list[Adapter]:
 def _adapter(module: nn.Module) -> Adapter | None:
     """That of an accelerated block."""
     return getattr(type(module), MARK, None)
+
+
+def _refusal(place: _Place) -> str | None:
+    """Why it is left alone, or would be; None where it has been replaced, or would be."""
+    if _adapter(place.module) is not None:
+        return None
+    return place.obstacle if place.plain else _chosen(place)[1]
 
 
 def _chosen(place: _Place) -> tuple[Adapter | None, str | None]:

@@ -91,6 +91,19 @@ class Adapter(ABC):
         )
 
 
+def _part(block: Any, name: str) -> Any:
+    """The module of this name, which has dots where it is a child's."""
+    for step in name.split("."):
+        block = getattr(block, step)
+    return block
+
+
+def _part_or_none(block: Any, name: str | None) -> Any:
+    for step in name.split(".") if name else ():
+        block = getattr(block, step, None)
+    return block if name else None
+
+
 def is_plain(conv: nn.Module) -> bool:
     """Whether it is a convolution that the ops can run, and nothing else is done with its weight."""
     if not isinstance(conv, nn.Conv2d) or not Convolution.covers(conv) or "_conv_forward" in conv.__dict__:
@@ -185,23 +198,23 @@ class Unit(Adapter):
     """A residual conv unit.
 
     Args:
-        conv1, conv2: Names of the convolutions.
+        conv1, conv2: Names of the convolutions, with dots where they are a child's.
         norm1, norm2: Names of the batch norms after them, which a block may lack.
         skip: As in :func:`refinenet_fast.ops.rcu`.
     """
 
     conv1: str
     conv2: str
-    norm1: str
-    norm2: str
+    norm1: str | None = None
+    norm2: str | None = None
     skip: str = "raw"
     op = "rcu"
 
     def _norms(self, unit: Any) -> tuple[nn.Module | None, nn.Module | None]:
-        return getattr(unit, self.norm1, None), getattr(unit, self.norm2, None)
+        return _part_or_none(unit, self.norm1), _part_or_none(unit, self.norm2)
 
     def _convs(self, unit: Any) -> tuple[Any, Any]:
-        return getattr(unit, self.conv1), getattr(unit, self.conv2)
+        return _part(unit, self.conv1), _part(unit, self.conv2)
 
     def parts(self, block: Any) -> Iterator[nn.Module]:
         yield from self._convs(block)
@@ -398,6 +411,10 @@ ADAPTERS: tuple[tuple[str, Adapter], ...] = (
     ("*PreActResidualLayer", Unit("convolution1", "convolution2", "batch_norm1", "batch_norm2")),
     ("DepthProFeatureFusionLayer", Fusion("residual_layer1", "residual_layer2", "projection", upsampling="deconv")),
     ("*FeatureFusionLayer", Fusion("residual_layer1", "residual_layer2", "projection", resizes=True)),
+    # Depth Pro's own code; before the names below, which match too.
+    ("ResidualBlock", Unit("residual.1", "residual.3")),
+    ("ResidualBlock", Unit("residual.1", "residual.4", "residual.2", "residual.5")),
+    ("FeatureFusionBlock2d", Fusion("resnet1", "resnet2", "out_conv", upsampling="deconv")),
     # MiDaS, isl-org/DPT, Depth Anything, CroCo and DUSt3R, VGGT. An in-place ReLU makes the skip relu(x).
     ("ResidualConvUnit*", Unit("conv1", "conv2", "bn1", "bn2")),
     ("ResidualConvUnit*", Unit("conv1", "conv2", "bn1", "bn2", skip="relu")),
