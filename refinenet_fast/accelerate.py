@@ -54,9 +54,9 @@ def accelerate(model: Model, *, copy: bool = False) -> Model:
 
     Recognised are the blocks of DPT, MiDaS, Depth Anything, ZoeDepth, Depth Pro, CroCo and DUSt3R, VGGT (those of
     Hugging Face, of segmentation_models_pytorch, the original ones, and these copied elsewhere) and of RefineNet's
-    published ports: by the names of their classes, then by a trial on a small input, in which a copy of the block with
-    random weights has to give what the ops give. Where a block has been replaced, the model's other 3x3 convolutions
-    of stride 1 follow.
+    published ports: by the names of their classes or of their parts, then by a trial on a small input, in which a copy
+    of the block with random weights has to give what the ops give. Where a block has been replaced, the model's other
+    3x3 convolutions of stride 1 follow.
 
     Parameters stay where they are: ``state_dict`` is unchanged, training goes on, autocast and ``torch.compile`` (after
     this call) work. Batch norm is folded in eval, anew at each call. The block's own forward runs in training with
@@ -140,7 +140,7 @@ def _check_module(model: Any) -> None:
 
 
 class _Place(NamedTuple):
-    """What could be replaced: a block with an adapter's name, or a plain convolution, which may be inside of one."""
+    """What could be replaced: a block by its name or parts, or a plain convolution, which may be inside of one."""
 
     name: str
     module: nn.Module
@@ -158,7 +158,7 @@ def _places(model: nn.Module) -> list[_Place]:
             return
         seen.add(module)
         compiled |= "_orig_mod" in module._modules or module._compiled_call_impl is not None
-        block = bool(_candidates(module))
+        block = _is_block(module)
         around = (*blocks, module) if block else blocks
         for child_name, child in module.named_children():
             yield from walk(f"{name}.{child_name}" if name else child_name, child, around, compiled)
@@ -166,6 +166,12 @@ def _places(model: nn.Module) -> list[_Place]:
             yield _Place(name, module, not block, _obstacle(module, compiled), blocks)
 
     return list(walk("", model, (), False))
+
+
+def _is_block(module: nn.Module) -> bool:
+    """Whether its name or its parts are a block's, or were, when it was replaced."""
+    adapter = _adapter(module)
+    return bool(_candidates(module)) if adapter is None else not isinstance(adapter, Plain)
 
 
 def _is_convolution(module: nn.Module) -> bool:
@@ -183,8 +189,10 @@ def _obstacle(module: nn.Module, compiled: bool) -> str | None:
 
 
 def _candidates(module: nn.Module) -> list[Adapter]:
-    """Adapters of blocks with this class's name."""
-    return [adapter for pattern, adapter in ADAPTERS if fnmatchcase(type(module).__name__, pattern)]
+    """Adapters of blocks with this class's name, then of those with these parts."""
+    named = [adapter for pattern, adapter in ADAPTERS if fnmatchcase(type(module).__name__, pattern)]
+    holders = {name.rpartition(".")[0] for name, _ in module.named_parameters(remove_duplicate=False)}
+    return list(dict.fromkeys([*named, *(adapter for _, adapter in ADAPTERS if adapter.resembles(holders))]))
 
 
 def _adapter(module: nn.Module) -> Adapter | None:
@@ -332,10 +340,11 @@ def _blank(kind: Any, adapter: Adapter) -> nn.Module:
 
 
 def _nothing(model: nn.Module, places: list[_Place]) -> str:
-    blocks = [place for place in places if not place.plain]
-    if blocks:
-        return (
-            f"accelerate: all of the {len(blocks)} blocks found are left alone; refinenet_fast.explain(model) says why"
-        )
     wanted = ", ".join(dict.fromkeys(pattern for pattern, _ in ADAPTERS))
-    return f"accelerate: expected blocks whose classes are named {wanted}, found none in {type(model).__name__}"
+    found = sum(not place.plain for place in places)
+    outcome = (
+        f"all of the {found} found in {type(model).__name__} are left alone; refinenet_fast.explain(model) says why"
+        if found
+        else f"found none in {type(model).__name__}"
+    )
+    return f"accelerate: expected blocks whose classes are named {wanted}, or that have their parts; {outcome}"

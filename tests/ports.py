@@ -170,6 +170,24 @@ class CRPBlock(nn.Module):
         return x
 
 
+class ChainedResidualPool(nn.Module):
+    """pytorch_refinenet: its ReLU is inside, and works in place."""
+
+    def __init__(self, feats: int, pool_first: bool = True, inplace: bool = True) -> None:
+        super().__init__()
+        self.relu = nn.ReLU(inplace=inplace)
+        for i in range(1, 4):
+            stage = nn.MaxPool2d(kernel_size=5, stride=1, padding=2), conv3x3(feats, bias=False)
+            self.add_module(f"block{i}", nn.Sequential(*(stage if pool_first else stage[::-1])))
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W), both
+        x = path = self.relu(x)
+        for i in range(1, 4):
+            path = getattr(self, f"block{i}")(path)
+            x = x + path
+        return x
+
+
 class Decoder(nn.Module):
     """A decoder of two fusions with a 3x3 convolution at either end, and one of stride 2 that no op takes."""
 
