@@ -216,24 +216,29 @@ def test_the_benchmark_compares_gradients_that_have_a_size():
     assert max(inputs.eager_errors) < 1e-2
 
 
-def training(family: str, width: str) -> list[Callable[[], list[torch.Tensor]]]:
-    """A step of a decoder as it is, and of the accelerated one; both have run once."""
-    case = bench_accelerate.case(family, width, False, True)
+def runs(family: str, width: str, trains: bool) -> list[Callable[[], object]]:
+    """A step or a forward of a decoder as it is, and of the accelerated one; both have run once."""
+    case = bench_accelerate.case(family, width, False, trains)
     generator = torch.Generator().manual_seed(0)
     xs, ws = case.setup(torch.float32, torch.device("cpu"), generator)
-    xs, ws = [x.requires_grad_() for x in xs], [torch.nn.Parameter(w) for w in ws]
-    gy = torch.ones_like(case.eager(xs, ws))
-    steps = [functools.partial(harness.training_step, run, xs, ws, gy) for run in (case.eager, case.ours("cpu"))]
-    for run in steps:
+    contenders = case.eager, case.ours("cpu")
+    if trains:
+        xs, ws = [x.requires_grad_() for x in xs], [torch.nn.Parameter(w) for w in ws]
+        gy = torch.ones_like(case.eager(xs, ws))
+        calls = [functools.partial(harness.training_step, run, xs, ws, gy) for run in contenders]
+    else:
+        calls = [functools.partial(torch.no_grad()(run), xs, ws) for run in contenders]
+    for run in calls:
         run()
-    return steps
+    return calls
 
 
+@pytest.mark.parametrize("trains", [False, True], ids=["forward", "training"])
 @pytest.mark.parametrize("family", depth_models.FAMILIES)
-def test_a_decoder_holds_no_more_in_training(family):
-    """All tensors of a step, those that are saved for backward among them."""
+def test_a_decoder_holds_no_more(family, trains):
+    """All tensors of a run, in training those that are saved for backward among them."""
     peaks = []
-    for run in training(family, "tiny"):
+    for run in runs(family, "tiny", trains):
         with LiveBytes() as live:
             run()
         peaks.append(live.peak)
@@ -242,11 +247,15 @@ def test_a_decoder_holds_no_more_in_training(family):
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the resident set from /proc")
-def test_a_decoder_needs_no_more_memory_in_training(tmp_path):
-    """As the benchmark measures it: what kernels work in counts as well."""
-    options = "--families depth-anything --widths S --directions forward+backward --contenders eager,cpu --device cpu"
+@pytest.mark.parametrize("width", ["S", "L"])
+def test_a_decoder_needs_no_more_memory(width, tmp_path):
+    """As the benchmark measures it, forward and in training: what kernels work in counts as well."""
+    options = f"--families depth-anything --widths {width} --contenders eager,cpu --device cpu --threads 2 --seconds 1"
     rows = tmp_path / "rows.json"
-    command = [sys.executable, bench_accelerate.__file__, *options.split(), "--threads", "2", "--seconds", "1"]
-    subprocess.run([*command, "--json", rows], check=True, timeout=900)
-    peaks = {row["contender"]: row["peak_memory_bytes"] for row in json.loads(rows.read_text())["rows"]}
-    assert 0 < peaks["cpu"] <= peaks["eager"]
+    command = [sys.executable, bench_accelerate.__file__, *options.split(), "--json", rows]
+    subprocess.run(command, check=True, timeout=1800)
+    found = json.loads(rows.read_text())["rows"]
+    peaks = {(row["direction"], row["contender"]): row["peak_memory_bytes"] for row in found}
+    assert len(peaks) == 4
+    for direction in harness.DIRECTIONS:
+        assert 0 < peaks[direction, "cpu"] <= peaks[direction, "eager"]
