@@ -174,14 +174,40 @@ def test_restore_gives_the_same_bits(family):
         assert torch.equal(result(restore(accelerate(copy.deepcopy(model))), x), before)
 
 
-@pytest.mark.parametrize(("family", "cut"), [("depth_anything", "depth-anything"), ("depth_pro", "depth-pro")])
-def test_a_decoder_of_a_network_computes_what_the_network_does(family, cut):
+CUTS = {
+    "depth_anything": "depth-anything",
+    "prompt_depth_anything": "prompt-depth-anything",
+    "chmv2": "chmv2",
+    "tipsv2_dpt": "tipsv2-dpt",
+    "depth_pro": "depth-pro",
+}
+
+
+@pytest.mark.parametrize("family", CUTS)
+def test_a_decoder_of_a_network_computes_what_the_network_does(family):
     """The benchmark's cut: the decoder alone, from the maps of one run."""
     model = built(family)
     x = image(*FAMILIES[family][1][0])
-    decoder = depth_models.Decoder(model, depth_models.FAMILIES[cut].decoder, x)
+    decoder = depth_models.Decoder(model, depth_models.FAMILIES[CUTS[family]].decoder, x)
     with torch.no_grad():
-        assert torch.equal(decoder(*decoder.inputs), result(model, x))
+        want = result(model, x)
+        assert torch.equal(decoder(*decoder.inputs).view_as(want), want)
+
+
+def test_the_benchmark_builds_the_widths_that_a_family_comes_in(monkeypatch):
+    """Widths of one name are not every family's."""
+    seen: list[depth_models.Widths] = []
+
+    def build(widths: depth_models.Widths) -> nn.Module:
+        seen.append(widths)
+        return depth_anything(TINY)
+
+    smp = depth_models.FAMILIES["smp-dpt"]
+    family = dataclasses.replace(smp, build=build, side=128, decoder=("neck", "head"))
+    monkeypatch.setitem(depth_models.FAMILIES, "smp-dpt", family)
+    case = bench_accelerate.case("smp-dpt", "B", False, False)
+    harness.inputs_of(case, torch.float32, torch.device("cpu"))
+    assert seen == [smp.widths["B"]] != [depth_models.BASE]
 
 
 def test_the_benchmark_has_one_network_in_memory(monkeypatch):
