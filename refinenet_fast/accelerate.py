@@ -192,7 +192,7 @@ def _candidates(module: nn.Module) -> list[Adapter]:
     """Adapters of blocks with this class's name, then of those with these parts."""
     named = [adapter for pattern, adapter in ADAPTERS if fnmatchcase(type(module).__name__, pattern)]
     holders = {name.rpartition(".")[0] for name, _ in module.named_parameters(remove_duplicate=False)}
-    return list(dict.fromkeys([*named, *(adapter for _, adapter in ADAPTERS if adapter.resembles(holders))]))
+    return list(dict.fromkeys([*named, *(adapter for _, adapter in ADAPTERS if adapter.resembles(module, holders))]))
 
 
 def _adapter(module: nn.Module) -> Adapter | None:

@@ -51,8 +51,8 @@ class Adapter(ABC):
     def names(self) -> tuple[list[str], list[str | None]]:
         """Of its parts: those that every block has, and patterns of the others."""
 
-    def resembles(self, holders: set[str]) -> bool:
-        """Whether a block has an adapter's parts and no others; ``holders`` names its modules that have parameters."""
+    def resembles(self, block: nn.Module, holders: set[str]) -> bool:
+        """Whether it has an adapter's parts and no others; ``holders`` names its modules that have parameters."""
         needed, others = self.names()
         patterns = [f"{name}.*" for name in (*needed, *others) if name]
         known = all(any(fnmatchcase(f"{holder}.", pattern) for pattern in patterns) for holder in holders)
@@ -124,6 +124,11 @@ def is_plain(conv: nn.Module) -> bool:
     kind: Any = type(conv)
     ours = isinstance(getattr(kind, MARK, None), Plain)
     return (ours or kind.forward is nn.Conv2d.forward) and kind._conv_forward is nn.Conv2d._conv_forward
+
+
+def _keeps_channels(conv: nn.Module) -> bool:
+    square = isinstance(conv, nn.Conv2d) and conv.in_channels == conv.out_channels
+    return square and conv.kernel_size == (3, 3)
 
 
 def _is_norm(module: nn.Module) -> TypeGuard[_BatchNorm]:
@@ -225,6 +230,10 @@ class Unit(Adapter):
 
     def names(self) -> tuple[list[str], list[str | None]]:
         return [self.conv1, self.conv2], [self.norm1, self.norm2]
+
+    def resembles(self, block: nn.Module, holders: set[str]) -> bool:
+        """Of 3x3 convolutions that keep the channels: there is more than units that has two convolutions."""
+        return super().resembles(block, holders) and all(map(_keeps_channels, self._convs(block)))
 
     def _norms(self, unit: Any) -> tuple[nn.Module | None, nn.Module | None]:
         return _part_or_none(unit, self.norm1), _part_or_none(unit, self.norm2)

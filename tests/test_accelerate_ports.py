@@ -109,6 +109,15 @@ def test_what_has_other_parameters_is_no_block():
     assert replaced(accelerate(model)) == {"0.conv1": "conv3x3", "0.conv2": "conv3x3", "1": "rcu"}
 
 
+@pytest.mark.parametrize("conv2", [nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 3, padding=1)])
+def test_two_convolutions_that_no_unit_has_are_no_block(conv2):
+    """As those of ZoeDepth's projectors: there are too many to name."""
+    model = nn.Sequential(Residual(), Residual())
+    model[0].conv2 = conv2
+    names = replaced(accelerate(randomised(model)))
+    assert "0" not in names and names["1"] == "rcu"
+
+
 def test_where_all_are_left_alone_the_warning_says_what_was_looked_for():
     model = randomised(ports.ResidualConvUnit(8, nn.GELU()))
     with pytest.warns(UserWarning, match=r"named .*ResidualConvUnit.* all of the 1 found .*explain\(model\) says why"):
