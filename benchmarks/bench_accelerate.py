@@ -21,7 +21,7 @@ import options
 from harness import FORWARD, TRAINING, Case, normal
 from refinenet_fast import accelerate
 
-WIDTHS = {"tiny": depth_models.TINY, **depth_models.SIZES}
+WIDTHS = ("tiny", *depth_models.SIZES)
 
 
 class Subject:
@@ -54,7 +54,8 @@ class Subject:
     def original(self):
         """The module in float32 on the CPU, and what it is given: an image, or maps or tokens of one run."""
         with torch.inference_mode(False):
-            network = depth_models.randomise(self.family.build(WIDTHS[self.width])).eval()
+            widths = {"tiny": depth_models.TINY, **self.family.widths}[self.width]
+            network = depth_models.randomise(self.family.build(widths)).eval()
             network.to(memory_format=torch.channels_last)
             image = normal((1, 3, self.side, self.side), torch.float32, "cpu", torch.Generator().manual_seed(0))
             if self.whole:

@@ -31,6 +31,8 @@ TINY = Widths(hidden=32, depth=4, heads=2, neck=(12, 16, 24, 24), fusion=12)
 SMALL = Widths(hidden=384, depth=12, heads=6, neck=(48, 96, 192, 384), fusion=64)
 BASE = Widths(hidden=768, depth=12, heads=12, neck=(96, 192, 384, 768), fusion=128)
 LARGE = Widths(hidden=1024, depth=24, heads=16, neck=(256, 512, 1024, 1024), fusion=256)
+TIPS_BASE = dataclasses.replace(BASE, fusion=256)
+CHM_LARGE = dataclasses.replace(LARGE, neck=(128, 256, 512, 1024))
 
 
 def _vit(kind, widths, patch, **options):
@@ -151,6 +153,9 @@ FAMILIES = {
     "depth-anything": Family(depth_anything, SIZES, 518, ("neck", "head")),
     "dpt": Family(dpt, {"L": LARGE}, 384, ("neck", "head")),
     "zoedepth": Family(zoedepth, {"L": LARGE}, 384, ("neck", "relative_head")),
+    "chmv2": Family(chmv2, {"L": CHM_LARGE}, 384, ("head", "features_to_depth")),
+    "tipsv2-dpt": Family(tipsv2_dpt, {"B": TIPS_BASE}, 448, ("neck", "decoder", "bin_regressor")),
+    "prompt-depth-anything": Family(prompt_depth_anything, {"S": SMALL, "L": LARGE}, 518, ("neck", "head")),
     "depth-pro": Family(depth_pro, {"L": LARGE}, 1536, ("fusion_stage", "head")),
     "smp-dpt": Family(smp_dpt, {"B": LARGE}, 384, ("decoder", "segmentation_head")),
 }

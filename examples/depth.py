@@ -3,7 +3,7 @@
 python examples/depth.py photo.jpg --out depth.png
 
 Needs `pip install refinenet_fast[examples]`. The weights come from the hub; where it cannot be reached the network runs
-with random ones, and says so: the picture is then meaningless, the timing is not.
+with random ones, in the widths that its name says, and says so: the picture is then meaningless, the timing is not.
 """
 
 from __future__ import annotations
@@ -15,25 +15,61 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from huggingface_hub.errors import HfHubHTTPError
 from matplotlib import colormaps
 from PIL import Image, ImageOps
 from torch import Tensor, nn
-from transformers import AutoModelForDepthEstimation, DepthAnythingConfig, DepthAnythingForDepthEstimation
+from transformers import (
+    AutoModelForDepthEstimation,
+    DepthAnythingConfig,
+    DepthAnythingForDepthEstimation,
+    Dinov2Config,
+)
 
 import refinenet_fast
 
 NAME = "depth-anything/Depth-Anything-V2-Small-hf"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PATCH = 14  # pixels; sides are multiples of it
+UNREACHABLE = (OSError, *HfHubHTTPError.__bases__)  # the hub lets errors of its HTTP client through
+WIDTHS = {  # the transformer's channels, blocks, heads, blocks that are read; the neck's channels, the fusion's
+    "Small": (384, 12, 6, [3, 6, 9, 12], [48, 96, 192, 384], 64),
+    "Base": (768, 12, 12, [3, 6, 9, 12], [96, 192, 384, 768], 128),
+    "Large": (1024, 24, 16, [5, 12, 18, 24], [256, 512, 1024, 1024], 256),
+}
 
 
 def load(name: str) -> nn.Module:
     try:
         return AutoModelForDepthEstimation.from_pretrained(name).eval()
-    except OSError as error:
-        print(f"{name} cannot be fetched ({str(error).splitlines()[0]}): random weights instead", file=sys.stderr)
+    except UNREACHABLE as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        widths = named_widths(name)
+        print(f"{name} cannot be fetched ({reason}): random weights instead, in {widths}'s widths", file=sys.stderr)
         torch.manual_seed(0)
-        return DepthAnythingForDepthEstimation(DepthAnythingConfig()).eval()
+        return DepthAnythingForDepthEstimation(configuration(widths)).eval()
+
+
+def named_widths(name: str) -> str:
+    """Those that a model's name says; Small for a name that says none."""
+    return next((widths for widths in WIDTHS if widths.lower() in name.lower()), "Small")
+
+
+def configuration(widths: str) -> DepthAnythingConfig:
+    """Depth Anything V2's, without a look at the hub."""
+    hidden, depth, heads, taps, neck, fusion = WIDTHS[widths]
+    backbone = Dinov2Config(
+        hidden_size=hidden,
+        num_hidden_layers=depth,
+        num_attention_heads=heads,
+        image_size=518,
+        patch_size=PATCH,
+        out_indices=taps,
+        reshape_hidden_states=False,
+    )
+    return DepthAnythingConfig(
+        backbone_config=backbone, reassemble_hidden_size=hidden, neck_hidden_sizes=neck, fusion_hidden_size=fusion
+    )
 
 
 def read(path: Path, side: int) -> tuple[Image.Image, Tensor]:

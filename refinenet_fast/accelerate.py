@@ -54,16 +54,16 @@ def accelerate(model: Model, *, copy: bool = False) -> Model:
 
     Recognised are the blocks of DPT, MiDaS, Depth Anything, ZoeDepth, Depth Pro, CroCo and DUSt3R, VGGT (those of
     Hugging Face, of segmentation_models_pytorch, the original ones, and these copied elsewhere) and of RefineNet's
-    published ports: by the names of their classes, then by a trial on a small input, in which a copy of the block with
-    random weights has to give what the ops give. Where a block has been found, the model's other 3x3 convolutions of
-    stride 1 follow.
+    published ports: by the names of their classes or of their parts, then by a trial on a small input, in which a copy
+    of the block with random weights has to give what the ops give. Where a block has been replaced, the model's other
+    3x3 convolutions of stride 1 follow.
 
     Parameters stay where they are: ``state_dict`` is unchanged, training goes on, autocast and ``torch.compile`` (after
     this call) work. Batch norm is folded in eval, anew at each call. The block's own forward runs in training with
     batch norm, where hooks sit on its children, where its activation or another part has been changed since, under
-    ``torch.func``, forward-mode derivatives and ``torch.jit.trace``, and for arguments that are not those of the ops.
-    Gradients of gradients raise. Results are in ``channels_last`` memory. A block whose ReLU works in place no longer
-    overwrites its input.
+    ``torch.func``, forward-mode derivatives and ``torch.jit.trace``, and for arguments that are not those of the ops
+    (Prompt Depth Anything's fusions: for a prompt). Gradients of gradients raise. Results are in ``channels_last``
+    memory. A block whose ReLU works in place no longer overwrites its input.
 
     Args:
         model: Any module; changed in place, unless
@@ -87,7 +87,8 @@ def accelerate(model: Model, *, copy: bool = False) -> Model:
             _replace(place.module, _chosen(place)[0])
     if any(_adapter(place.module) for place in places):
         for place in places:
-            if place.plain and place.obstacle is None and _adapter(place.module) is None:
+            free = place.plain and place.obstacle is None and not any(map(_adapter, place.blocks))
+            if free and _adapter(place.module) is None:
                 _replace(place.module, Plain())
     else:
         warnings.warn(_nothing(model, places), stacklevel=2)
@@ -120,14 +121,15 @@ def explain(model: nn.Module) -> list[Explanation]:
         TypeError: ``model`` is no module; says what came.
     """
     _check_module(model)
+    places = _places(model)
+    refusals = {place.module: _refusal(place) for place in places}
     rows = []
-    for place in _places(model):
-        adapter, reason = _adapter(place.module), place.obstacle
-        if adapter is not None:
-            reason = adapter.hindrance(place.module)
-        elif reason is None:
-            reason = (None if place.plain else _chosen(place)[1]) or "not accelerated"
+    for place in places:
+        if place.plain and any(refusals[block] is None for block in place.blocks):
+            continue  # a part of theirs
+        adapter = _adapter(place.module)
         op = None if adapter is None else adapter.op
+        reason = (refusals[place.module] or "not accelerated") if adapter is None else adapter.hindrance(place.module)
         rows.append(Explanation(place.name, type(place.module).__name__, op, reason))
     return rows
 
@@ -138,30 +140,38 @@ def _check_module(model: Any) -> None:
 
 
 class _Place(NamedTuple):
-    """What could be replaced: a block with an adapter's name, or a plain convolution outside of blocks."""
+    """What could be replaced: a block by its name or parts, or a plain convolution, which may be inside of one."""
 
     name: str
     module: nn.Module
     plain: bool
     obstacle: str | None  # why it must not be replaced
+    blocks: tuple[nn.Module, ...]  # those around it
 
 
 def _places(model: nn.Module) -> list[_Place]:
     """In the order of the model, but a block's own blocks before it."""
     seen: set[nn.Module] = set()
 
-    def walk(name: str, module: nn.Module, inside: bool, compiled: bool) -> Iterator[_Place]:
+    def walk(name: str, module: nn.Module, blocks: tuple[nn.Module, ...], compiled: bool) -> Iterator[_Place]:
         if module in seen or isinstance(module, OWN):
             return
         seen.add(module)
         compiled |= "_orig_mod" in module._modules or module._compiled_call_impl is not None
-        block = bool(_candidates(module))
+        block = _is_block(module)
+        around = (*blocks, module) if block else blocks
         for child_name, child in module.named_children():
-            yield from walk(f"{name}.{child_name}" if name else child_name, child, inside or block, compiled)
-        if block or (not inside and _is_convolution(module)):
-            yield _Place(name, module, not block, _obstacle(module, compiled))
+            yield from walk(f"{name}.{child_name}" if name else child_name, child, around, compiled)
+        if block or _is_convolution(module):
+            yield _Place(name, module, not block, _obstacle(module, compiled), blocks)
 
-    return list(walk("", model, False, False))
+    return list(walk("", model, (), False))
+
+
+def _is_block(module: nn.Module) -> bool:
+    """Whether its name or its parts are a block's, or were, when it was replaced."""
+    adapter = _adapter(module)
+    return bool(_candidates(module)) if adapter is None else not isinstance(adapter, Plain)
 
 
 def _is_convolution(module: nn.Module) -> bool:
@@ -179,13 +189,22 @@ def _obstacle(module: nn.Module, compiled: bool) -> str | None:
 
 
 def _candidates(module: nn.Module) -> list[Adapter]:
-    """Adapters of blocks with this class's name."""
-    return [adapter for pattern, adapter in ADAPTERS if fnmatchcase(type(module).__name__, pattern)]
+    """Adapters of blocks with this class's name, then of those with these parts."""
+    named = [adapter for pattern, adapter in ADAPTERS if fnmatchcase(type(module).__name__, pattern)]
+    holders = {name.rpartition(".")[0] for name, _ in module.named_parameters(remove_duplicate=False)}
+    return list(dict.fromkeys([*named, *(adapter for _, adapter in ADAPTERS if adapter.resembles(module, holders))]))
 
 
 def _adapter(module: nn.Module) -> Adapter | None:
     """That of an accelerated block."""
     return getattr(type(module), MARK, None)
+
+
+def _refusal(place: _Place) -> str | None:
+    """Why it is left alone, or would be; None where it has been replaced, or would be."""
+    if _adapter(place.module) is not None:
+        return None
+    return place.obstacle if place.plain else _chosen(place)[1]
 
 
 def _chosen(place: _Place) -> tuple[Adapter | None, str | None]:
@@ -286,10 +305,12 @@ def _accelerated(kind: Any, adapter: Adapter) -> type[nn.Module]:
     """The subclass of a block's class whose forward is the adapter's."""
     parameters = list(inspect.signature(kind.forward).parameters.values())[1:]
     names = [p.name for p in parameters if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
+    defaults = {p.name: p.default for p in parameters}
 
     @functools.wraps(kind.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         maps, options = _in_order(names, args, kwargs)
+        options = {k: given for k, given in options.items() if k not in defaults or given is not defaults[k]}
         return adapter.forward(self, functools.partial(kind.forward, self, *args, **kwargs), *maps, **options)
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
@@ -319,10 +340,11 @@ def _blank(kind: Any, adapter: Adapter) -> nn.Module:
 
 
 def _nothing(model: nn.Module, places: list[_Place]) -> str:
-    blocks = [place for place in places if not place.plain]
-    if blocks:
-        return (
-            f"accelerate: all of the {len(blocks)} blocks found are left alone; refinenet_fast.explain(model) says why"
-        )
     wanted = ", ".join(dict.fromkeys(pattern for pattern, _ in ADAPTERS))
-    return f"accelerate: expected blocks whose classes are named {wanted}, found none in {type(model).__name__}"
+    found = sum(not place.plain for place in places)
+    outcome = (
+        f"all of the {found} found in {type(model).__name__} are left alone; refinenet_fast.explain(model) says why"
+        if found
+        else f"found none in {type(model).__name__}"
+    )
+    return f"accelerate: expected blocks whose classes are named {wanted}, or that have their parts; {outcome}"

@@ -1,7 +1,8 @@
 """RefineNet's blocks in other people's decoders: where their parts are, and how the ops compute what they compute.
 
-A family is an entry or two of :data:`ADAPTERS`, found by the name of a block's class. An entry knows names only:
-whether a block computes what the ops do is for a trial to find out (:mod:`refinenet_fast.accelerate`).
+A family is an entry or two of :data:`ADAPTERS`, found by the name of a block's class or, where that is another, by the
+names of its parts. An entry knows names only: whether a block computes what the ops do is for a trial to find out
+(:mod:`refinenet_fast.accelerate`).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any, ClassVar, TypeGuard
 
 import torch
@@ -44,6 +46,17 @@ class Adapter(ABC):
         Raises:
             AttributeError: The block has no such parts; says which.
         """
+
+    @abstractmethod
+    def names(self) -> tuple[list[str], list[str | None]]:
+        """Of its parts: those that every block has, and patterns of the others."""
+
+    def resembles(self, block: nn.Module, holders: set[str]) -> bool:
+        """Whether it has an adapter's parts and no others; ``holders`` names its modules that have parameters."""
+        needed, others = self.names()
+        patterns = [f"{name}.*" for name in (*needed, *others) if name]
+        known = all(any(fnmatchcase(f"{holder}.", pattern) for pattern in patterns) for holder in holders)
+        return known and all(any(f"{holder}.".startswith(f"{name}.") for holder in holders) for name in needed)
 
     def takes(self, block: Any, *args: Any, **kwargs: Any) -> bool:
         """Whether a call with these arguments is one that the ops cover: by default, one with a single map."""
@@ -91,6 +104,19 @@ class Adapter(ABC):
         )
 
 
+def _part(block: Any, name: str) -> Any:
+    """The module of this name, which has dots where it is a child's."""
+    for step in name.split("."):
+        block = getattr(block, step)
+    return block
+
+
+def _part_or_none(block: Any, name: str | None) -> Any:
+    for step in name.split(".") if name else ():
+        block = getattr(block, step, None)
+    return block if name else None
+
+
 def is_plain(conv: nn.Module) -> bool:
     """Whether it is a convolution that the ops can run, and nothing else is done with its weight."""
     if not isinstance(conv, nn.Conv2d) or not Convolution.covers(conv) or "_conv_forward" in conv.__dict__:
@@ -98,6 +124,11 @@ def is_plain(conv: nn.Module) -> bool:
     kind: Any = type(conv)
     ours = isinstance(getattr(kind, MARK, None), Plain)
     return (ours or kind.forward is nn.Conv2d.forward) and kind._conv_forward is nn.Conv2d._conv_forward
+
+
+def _keeps_channels(conv: nn.Module) -> bool:
+    square = isinstance(conv, nn.Conv2d) and conv.in_channels == conv.out_channels
+    return square and conv.kernel_size == (3, 3)
 
 
 def _is_norm(module: nn.Module) -> TypeGuard[_BatchNorm]:
@@ -185,23 +216,30 @@ class Unit(Adapter):
     """A residual conv unit.
 
     Args:
-        conv1, conv2: Names of the convolutions.
+        conv1, conv2: Names of the convolutions, with dots where they are a child's.
         norm1, norm2: Names of the batch norms after them, which a block may lack.
         skip: As in :func:`refinenet_fast.ops.rcu`.
     """
 
     conv1: str
     conv2: str
-    norm1: str
-    norm2: str
+    norm1: str | None = None
+    norm2: str | None = None
     skip: str = "raw"
     op = "rcu"
 
+    def names(self) -> tuple[list[str], list[str | None]]:
+        return [self.conv1, self.conv2], [self.norm1, self.norm2]
+
+    def resembles(self, block: nn.Module, holders: set[str]) -> bool:
+        """Of 3x3 convolutions that keep the channels: there is more than units that has two convolutions."""
+        return super().resembles(block, holders) and all(map(_keeps_channels, self._convs(block)))
+
     def _norms(self, unit: Any) -> tuple[nn.Module | None, nn.Module | None]:
-        return getattr(unit, self.norm1, None), getattr(unit, self.norm2, None)
+        return _part_or_none(unit, self.norm1), _part_or_none(unit, self.norm2)
 
     def _convs(self, unit: Any) -> tuple[Any, Any]:
-        return getattr(unit, self.conv1), getattr(unit, self.conv2)
+        return _part(unit, self.conv1), _part(unit, self.conv2)
 
     def parts(self, block: Any) -> Iterator[nn.Module]:
         yield from self._convs(block)
@@ -227,6 +265,10 @@ class Units(Adapter):
     conv2: str
     op = "rcu"
 
+    def names(self) -> tuple[list[str], list[str | None]]:
+        convs = self.conv1, self.conv2
+        return [name.format(1) for name in convs], [name.format("*") for name in convs]
+
     def _convs(self, block: Any) -> list[tuple[Any, Any]]:
         if block.n_stages != 2:
             raise AttributeError(f"expected 2 convolutions a unit (n_stages), got {block.n_stages}")
@@ -247,20 +289,37 @@ class Units(Adapter):
 
 @dataclass(frozen=True)
 class Pooling(Adapter):
-    """Chained residual pooling without its ReLU; the convolutions' names, with {} for the stage's number, from 1."""
+    """Chained residual pooling.
+
+    Args:
+        conv: The convolutions' names, with {} for the stage's number, from 1; dots as for a unit.
+        order, relu: As in :func:`refinenet_fast.ops.crp`.
+    """
 
     conv: str
+    order: str = "pool-conv"
+    relu: bool = False
     op = "crp"
 
+    def names(self) -> tuple[list[str], list[str | None]]:
+        return [self.conv.format(1)], [self.conv.format("*")]
+
     def _convs(self, block: Any) -> list[Any]:
-        return [getattr(block, self.conv.format(i)) for i in range(1, block.n_stages + 1)]
+        """As many as the block says; of one that does not say, all that there are."""
+        stages = getattr(block, "n_stages", None)
+        if stages is None:
+            stages = 1
+            while _part_or_none(block, self.conv.format(stages + 1)) is not None:
+                stages += 1
+        return [_part(block, self.conv.format(i)) for i in range(1, stages + 1)]
 
     def parts(self, block: Any) -> Iterator[nn.Module]:
         yield from self._convs(block)
 
     def fused(self, block: Any, x: Tensor) -> Tensor:  # (N, C, H, W), both
         convs = self._convs(block)
-        return crp(x, [c.weight for c in convs], [c.bias for c in convs], relu=False).to(_summed_dtype(x))
+        y = crp(x, [c.weight for c in convs], [c.bias for c in convs], self.order, self.relu)
+        return y.to(_summed_dtype(x))
 
     def trials(self, block: Any, data: Callable[..., Tensor]) -> list[Arguments]:
         return [((data(2, self._convs(block)[0].in_channels, 9, 8),), {})]
@@ -288,6 +347,9 @@ class Fusion(Adapter):
     resizes: bool = False
     upsampling: str | None = None
     op = "rcu, fuse"
+
+    def names(self) -> tuple[list[str], list[str | None]]:
+        return [self.unit2], [self.unit1, self.projection, self.upsampling]
 
     def _units(self, block: Any) -> list[tuple[Any, Unit]]:
         """The units that there are, with their adapters."""
@@ -382,6 +444,9 @@ class Plain(Adapter):
 
     op = "conv3x3"
 
+    def names(self) -> tuple[list[str], list[str | None]]:
+        return [], []
+
     def parts(self, block: Any) -> Iterator[nn.Module]:
         yield block
 
@@ -398,6 +463,10 @@ ADAPTERS: tuple[tuple[str, Adapter], ...] = (
     ("*PreActResidualLayer", Unit("convolution1", "convolution2", "batch_norm1", "batch_norm2")),
     ("DepthProFeatureFusionLayer", Fusion("residual_layer1", "residual_layer2", "projection", upsampling="deconv")),
     ("*FeatureFusionLayer", Fusion("residual_layer1", "residual_layer2", "projection", resizes=True)),
+    # Depth Pro's own code; before the names below, which match too.
+    ("ResidualBlock", Unit("residual.1", "residual.3")),
+    ("ResidualBlock", Unit("residual.1", "residual.4", "residual.2", "residual.5")),
+    ("FeatureFusionBlock2d", Fusion("resnet1", "resnet2", "out_conv", upsampling="deconv")),
     # MiDaS, isl-org/DPT, Depth Anything, CroCo and DUSt3R, VGGT. An in-place ReLU makes the skip relu(x).
     ("ResidualConvUnit*", Unit("conv1", "conv2", "bn1", "bn2")),
     ("ResidualConvUnit*", Unit("conv1", "conv2", "bn1", "bn2", skip="relu")),
@@ -405,7 +474,9 @@ ADAPTERS: tuple[tuple[str, Adapter], ...] = (
     # segmentation_models_pytorch.
     ("ResidualConvBlock", Unit("conv_1", "conv_2", "batch_norm_1", "batch_norm_2")),
     ("FusionBlock", Fusion("residual_conv_block1", "residual_conv_block2", "project", skip_first=True)),
-    # RefineNet: refinenet-pytorch, light-weight-refinenet.
+    # RefineNet: refinenet-pytorch, light-weight-refinenet; pytorch_refinenet, whose units are named as MiDaS'.
     ("RCUBlock", Units("{}_conv", "{}_conv_relu_varout_dimred")),
     ("CRPBlock", Pooling("{}_outvar_dimred")),
+    ("ChainedResidualPool*", Pooling("block{}.1", relu=True)),
+    ("ChainedResidualPool*", Pooling("block{}.0", "conv-pool", relu=True)),
 )

@@ -1,14 +1,20 @@
-"""Decoders' blocks as their authors' code has them, where no package installs it: MiDaS, DPT, VGGT, CroCo, RefineNet.
+"""Decoders' blocks as their authors' code has them, where no package installs it: MiDaS, DPT, VGGT, CroCo, Depth Pro,
+RefineNet.
 
 Names of classes, children and arguments are those of the originals, and so is what is computed; the code is not. At the
-end, weights for them and maps.
+end, weights for them and maps, and what accelerating them must not change.
 """
 
 from __future__ import annotations
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from refinenet_fast import accelerate, explain
+from refinenet_fast.testing import relative_l2
 
 
 def conv3x3(c: int, bias: bool) -> nn.Conv2d:
@@ -93,6 +99,38 @@ class FeatureFusionBlock_vggt(FeatureFusionBlock_custom):
         return super().forward(*maps, size=size)
 
 
+class ResidualBlock(nn.Module):
+    """Depth Pro's own code, where it is built by the fusion block."""
+
+    def __init__(self, features: int, bn: bool) -> None:
+        super().__init__()
+        norm = [nn.BatchNorm2d(features)] if bn else []
+        layers = [layer for _ in range(2) for layer in (nn.ReLU(False), conv3x3(features, not bn), *norm)]
+        self.residual, self.shortcut = nn.Sequential(*copy.deepcopy(layers)), None
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W), both
+        delta = self.residual(x)
+        return (x if self.shortcut is None else self.shortcut(x)) + delta
+
+
+class FeatureFusionBlock2d(nn.Module):
+    """Depth Pro's own code: a transposed convolution doubles; the finest lacks it."""
+
+    def __init__(self, features: int, deconv: bool = True, bn: bool = False) -> None:
+        super().__init__()
+        self.resnet1, self.resnet2 = ResidualBlock(features, bn), ResidualBlock(features, bn)
+        self.use_deconv = deconv
+        if deconv:
+            self.deconv = nn.ConvTranspose2d(features, features, 2, stride=2, bias=False)
+        self.out_conv = nn.Conv2d(features, features, 1)
+        self.skip_add = nn.quantized.FloatFunctional()
+
+    def forward(self, x0: Tensor, x1: Tensor | None = None) -> Tensor:  # (N, C, H, W) each; (N, C, H', W')
+        x = x0 if x1 is None else self.skip_add.add(x0, self.resnet1(x1))
+        x = self.resnet2(x)
+        return self.out_conv(self.deconv(x) if self.use_deconv else x)
+
+
 class RCUBlock(nn.Module):
     """refinenet-pytorch: residual conv units in a row."""
 
@@ -132,6 +170,24 @@ class CRPBlock(nn.Module):
         return x
 
 
+class ChainedResidualPool(nn.Module):
+    """pytorch_refinenet: its ReLU is inside, and works in place."""
+
+    def __init__(self, feats: int, pool_first: bool = True, inplace: bool = True) -> None:
+        super().__init__()
+        self.relu = nn.ReLU(inplace=inplace)
+        for i in range(1, 4):
+            stage = nn.MaxPool2d(kernel_size=5, stride=1, padding=2), conv3x3(feats, bias=False)
+            self.add_module(f"block{i}", nn.Sequential(*(stage if pool_first else stage[::-1])))
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W), both
+        x = path = self.relu(x)
+        for i in range(1, 4):
+            path = getattr(self, f"block{i}")(path)
+            x = x + path
+        return x
+
+
 class Decoder(nn.Module):
     """A decoder of two fusions with a 3x3 convolution at either end, and one of stride 2 that no op takes."""
 
@@ -161,3 +217,27 @@ def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
 
 def image(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=dtype)
+
+
+def gradients(model: nn.Module, *xs: Tensor) -> list[Tensor]:
+    """The result and the gradient of every parameter that takes part in it."""
+    y = model(*xs)
+    gy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=y.dtype)
+    grads = torch.autograd.grad(y, list(model.parameters()), gy, allow_unused=True)
+    return [y.detach(), *(g for g in grads if g is not None)]
+
+
+def assert_same(model: nn.Module, *shapes: tuple[int, ...]) -> None:
+    """Accelerated, the model computes what it did, forward and backward, in float32 and in float64."""
+    fast = accelerate(model, copy=True)
+    for shape in shapes:
+        for dtype, limits in ((torch.float32, (1e-4, 1e-3)), (torch.float64, (1e-10, 1e-10))):
+            x = image(*shape, dtype=dtype)
+            want, got = gradients(copy.deepcopy(model).to(dtype), x), gradients(copy.deepcopy(fast).to(dtype), x)
+            assert len(want) == len(got)
+            assert relative_l2(got[0], want[0]) <= limits[0]
+            assert max(map(relative_l2, got[1:], want[1:])) <= limits[1]
+
+
+def replaced(model: nn.Module) -> dict[str, str | None]:
+    return {row.name: row.op for row in explain(model)}

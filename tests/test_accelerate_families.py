@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import dataclasses
 import functools
@@ -17,7 +18,7 @@ import pytest
 import torch
 from torch import nn
 
-from refinenet_fast import accelerate, explain, restore, use_backend
+from refinenet_fast import accelerate, adapters, explain, restore, use_backend
 from refinenet_fast.testing import relative_l2
 from refinenet_fast.training.memory import LiveBytes
 
@@ -115,6 +116,46 @@ def test_results_and_gradients(family):
         assert worst(got[1:], want[1:]) <= 1e-3
 
 
+@pytest.fixture
+def ran(monkeypatch) -> collections.Counter[str]:
+    """How often each op has run in a block's place."""
+    counts: collections.Counter[str] = collections.Counter()
+
+    def counted(fused: Callable[..., torch.Tensor | None]) -> Callable[..., torch.Tensor | None]:
+        def call(self, *args, **kwargs):
+            y = fused(self, *args, **kwargs)
+            counts[self.op] += y is not None
+            return y
+
+        return call
+
+    for kind in adapters.Adapter.__subclasses__():
+        monkeypatch.setattr(kind, "fused", counted(kind.fused))
+    return counts
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_fusion_and_convolution_runs_on_the_ops(family, ran):
+    """And the units inside the fusions, which do not call them."""
+    model = accelerate(built(family))
+    ran.clear()  # of the trials
+    with torch.no_grad():
+        result(model, image(*FAMILIES[family][1][0]))
+    assert ran == {op: count for op, count in FAMILIES[family][2].items() if op != "rcu"}
+
+
+def test_a_prompt_is_for_the_fusions_own_forward(ran):
+    """It calls the units, 7 of the 8: the deepest fusion has no skip."""
+    model = built("prompt_depth_anything")
+    fast = accelerate(model, copy=True)
+    ran.clear()
+    x, prompt = image(*ODD[0]), torch.rand(1, 1, 20, 30, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        want, got = (m(x, prompt_depth=prompt).predicted_depth for m in (model, fast))
+        assert relative_l2(got, want) <= 1e-4 < relative_l2(model(x).predicted_depth, want)
+    assert ran == {"rcu": 7, "conv3x3": 6}
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_in_float64_on_the_reference(family):
     model = built(family).double()
@@ -133,14 +174,40 @@ def test_restore_gives_the_same_bits(family):
         assert torch.equal(result(restore(accelerate(copy.deepcopy(model))), x), before)
 
 
-@pytest.mark.parametrize(("family", "cut"), [("depth_anything", "depth-anything"), ("depth_pro", "depth-pro")])
-def test_a_decoder_of_a_network_computes_what_the_network_does(family, cut):
+CUTS = {
+    "depth_anything": "depth-anything",
+    "prompt_depth_anything": "prompt-depth-anything",
+    "chmv2": "chmv2",
+    "tipsv2_dpt": "tipsv2-dpt",
+    "depth_pro": "depth-pro",
+}
+
+
+@pytest.mark.parametrize("family", CUTS)
+def test_a_decoder_of_a_network_computes_what_the_network_does(family):
     """The benchmark's cut: the decoder alone, from the maps of one run."""
     model = built(family)
     x = image(*FAMILIES[family][1][0])
-    decoder = depth_models.Decoder(model, depth_models.FAMILIES[cut].decoder, x)
+    decoder = depth_models.Decoder(model, depth_models.FAMILIES[CUTS[family]].decoder, x)
     with torch.no_grad():
-        assert torch.equal(decoder(*decoder.inputs), result(model, x))
+        want = result(model, x)
+        assert torch.equal(decoder(*decoder.inputs).view_as(want), want)
+
+
+def test_the_benchmark_builds_the_widths_that_a_family_comes_in(monkeypatch):
+    """Widths of one name are not every family's."""
+    seen: list[depth_models.Widths] = []
+
+    def build(widths: depth_models.Widths) -> nn.Module:
+        seen.append(widths)
+        return depth_anything(TINY)
+
+    smp = depth_models.FAMILIES["smp-dpt"]
+    family = dataclasses.replace(smp, build=build, side=128, decoder=("neck", "head"))
+    monkeypatch.setitem(depth_models.FAMILIES, "smp-dpt", family)
+    case = bench_accelerate.case("smp-dpt", "B", False, False)
+    harness.inputs_of(case, torch.float32, torch.device("cpu"))
+    assert seen == [smp.widths["B"]] != [depth_models.BASE]
 
 
 def test_the_benchmark_has_one_network_in_memory(monkeypatch):
@@ -175,24 +242,29 @@ def test_the_benchmark_compares_gradients_that_have_a_size():
     assert max(inputs.eager_errors) < 1e-2
 
 
-def training(family: str, width: str) -> list[Callable[[], list[torch.Tensor]]]:
-    """A step of a decoder as it is, and of the accelerated one; both have run once."""
-    case = bench_accelerate.case(family, width, False, True)
+def runs(family: str, width: str, trains: bool) -> list[Callable[[], object]]:
+    """A step or a forward of a decoder as it is, and of the accelerated one; both have run once."""
+    case = bench_accelerate.case(family, width, False, trains)
     generator = torch.Generator().manual_seed(0)
     xs, ws = case.setup(torch.float32, torch.device("cpu"), generator)
-    xs, ws = [x.requires_grad_() for x in xs], [torch.nn.Parameter(w) for w in ws]
-    gy = torch.ones_like(case.eager(xs, ws))
-    steps = [functools.partial(harness.training_step, run, xs, ws, gy) for run in (case.eager, case.ours("cpu"))]
-    for run in steps:
+    contenders = case.eager, case.ours("cpu")
+    if trains:
+        xs, ws = [x.requires_grad_() for x in xs], [torch.nn.Parameter(w) for w in ws]
+        gy = torch.ones_like(case.eager(xs, ws))
+        calls = [functools.partial(harness.training_step, run, xs, ws, gy) for run in contenders]
+    else:
+        calls = [functools.partial(torch.no_grad()(run), xs, ws) for run in contenders]
+    for run in calls:
         run()
-    return steps
+    return calls
 
 
+@pytest.mark.parametrize("trains", [False, True], ids=["forward", "training"])
 @pytest.mark.parametrize("family", depth_models.FAMILIES)
-def test_a_decoder_holds_no_more_in_training(family):
-    """All tensors of a step, those that are saved for backward among them."""
+def test_a_decoder_holds_no_more(family, trains):
+    """All tensors of a run, in training those that are saved for backward among them."""
     peaks = []
-    for run in training(family, "tiny"):
+    for run in runs(family, "tiny", trains):
         with LiveBytes() as live:
             run()
         peaks.append(live.peak)
@@ -201,11 +273,15 @@ def test_a_decoder_holds_no_more_in_training(family):
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the resident set from /proc")
-def test_a_decoder_needs_no_more_memory_in_training(tmp_path):
-    """As the benchmark measures it: what kernels work in counts as well."""
-    options = "--families depth-anything --widths S --directions forward+backward --contenders eager,cpu --device cpu"
+@pytest.mark.parametrize("width", ["S", "L"])
+def test_a_decoder_needs_no_more_memory(width, tmp_path):
+    """As the benchmark measures it, forward and in training: what kernels work in counts as well."""
+    options = f"--families depth-anything --widths {width} --contenders eager,cpu --device cpu --threads 2 --seconds 1"
     rows = tmp_path / "rows.json"
-    command = [sys.executable, bench_accelerate.__file__, *options.split(), "--threads", "2", "--seconds", "1"]
-    subprocess.run([*command, "--json", rows], check=True, timeout=900)
-    peaks = {row["contender"]: row["peak_memory_bytes"] for row in json.loads(rows.read_text())["rows"]}
-    assert 0 < peaks["cpu"] <= peaks["eager"]
+    command = [sys.executable, bench_accelerate.__file__, *options.split(), "--json", rows]
+    subprocess.run(command, check=True, timeout=1800)
+    found = json.loads(rows.read_text())["rows"]
+    peaks = {(row["direction"], row["contender"]): row["peak_memory_bytes"] for row in found}
+    assert len(peaks) == 4
+    for direction in harness.DIRECTIONS:
+        assert 0 < peaks[direction, "cpu"] <= peaks[direction, "eager"]
