@@ -304,6 +304,8 @@ class Fusion(Adapter):
         for unit, adapter in self._units(block):
             yield from adapter.parts(unit)
         projection = getattr(block, self.projection, None)
+        if getattr(projection, "kernel_size", None) == (3, 3):  # which the ops can run, but not before the upsampling
+            raise AttributeError(f"expected a 1x1 convolution as {self.projection!r}, got {projection}")
         if projection is not None:
             yield projection
 

@@ -108,6 +108,11 @@ CHANGES = {
         lambda m: setattr(m, "resConfUnit2", Wrapper(m.resConfUnit2)),
         "units are left alone",
     ),
+    "in a fusion, a wider projection": (
+        lambda: ports.FeatureFusionBlock_custom(8),
+        lambda m: setattr(m, "out_conv", randomised(ports.conv3x3(8, True))),
+        "expected a 1x1 convolution as 'out_conv'",
+    ),
     "a batch norm with an activation": (
         lambda: of_a_unit(bn=True), lambda m: setattr(m, "bn1", randomised(BatchNormAct(8))), "got BatchNormAct",
     ),
