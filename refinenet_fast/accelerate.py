@@ -223,6 +223,17 @@ def _eval_and_training(adapter: Adapter, twin: nn.Module) -> str | None:
         reason = adapter.hindrance(twin) or _calls(adapter, twin)
         if reason is not None:
             return f"in training, {reason}" if training else reason
+    return _tensors_held(adapter, twin)
+
+
+def _tensors_held(adapter: Adapter, twin: nn.Module) -> str | None:
+    """Whether a module beside the parts has tensors whose changes in place nothing would show afterwards."""
+    parts = set(adapter.parts(twin))
+    for name, module in twin.named_modules():
+        for attribute, value in vars(module).items() if module not in parts else ():
+            if isinstance(value, Tensor):
+                which = f"{name}.{attribute}" if name else attribute
+                return f"it holds a tensor that is neither a parameter nor a buffer, {which!r}"
     return None
 
 

@@ -25,11 +25,13 @@ from refinenet_fast.ops._autocast import autocast_dtype
 
 MARK = "refinenet_fast_adapter"  # the attribute by which the class of an accelerated block is known
 SETTINGS = "_refinenet_fast_settings"  # that of the block itself with what it was when it was accelerated
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+_OF_EVERY_MODULE = frozenset({*dir(nn.Module()), SETTINGS})
+_CONTAINERS, _SIMPLE = (list, tuple, dict), (bool, int, float, str)
 Forward = Callable[[], Tensor]
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 Parameters = tuple[Tensor, Tensor | None]  # (K, C, R, R); (K,)
-Settings = tuple[tuple[str, type | None, tuple[tuple[str, Any], ...]], ...]  # name, class, attributes of each module
+# Name and class of each module, the names of all its attributes, and those that are compared.
+Settings = tuple[tuple[str, type | None, frozenset[str], tuple[tuple[str, Any], ...]], ...]
 
 
 class Adapter(ABC):
@@ -86,7 +88,7 @@ class Adapter(ABC):
         others = [entry for entry in block.named_modules(remove_duplicate=False) if entry[1] not in parts]
         ours = [module is block or hasattr(type(module), MARK) for _, module in others]  # classes that we change
         return tuple(
-            (name, None if known else type(module), tuple(_attributes(module)))
+            (name, None if known else type(module), frozenset({*vars(module), SETTINGS}), tuple(_attributes(module)))
             for (name, module), known in zip(others, ours, strict=True)
         )
 
@@ -106,31 +108,50 @@ def _is_norm(module: nn.Module) -> TypeGuard[_BatchNorm]:
 
 
 def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Those of its own that can decide what it computes, with their values."""
+    """Those of its own that can decide what it computes, with their contents."""
     for name, value in vars(module).items():
-        simple = value is None or isinstance(value, bool | int | float | str) or callable(value)
-        if simple and name not in _OF_EVERY_MODULE and not name.startswith("__"):
+        if name not in _OF_EVERY_MODULE and not name.startswith("__"):
             yield name, _contents(value)
 
 
 def _contents(value: Any) -> Any:
-    """``value``, or what a partial function consists of: these have no equality, and under Dynamo no identity."""
+    """``value``, or what it consists of: a list changes and stays the same one; partial functions have no equality, and
+    under Dynamo no identity."""
     if isinstance(value, functools.partial):
         return value.func, value.args, tuple(value.keywords.items())
+    if isinstance(value, _CONTAINERS):
+        entries = list(value.items()) if isinstance(value, dict) else value
+        return tuple([_contents(entry) for entry in entries])
     return value
+
+
+def _is_other(value: Any, then: Any) -> bool:
+    """Whether ``value`` no longer has the contents it had; of what has no equality to rely on, whether it is another."""
+    if value is then:
+        return False
+    now = _contents(value)
+    if type(now) is not type(then):
+        return True
+    if isinstance(now, tuple):
+        return len(now) != len(then) or any(_is_other(a, b) for a, b in zip(now, then, strict=True))
+    return now is not then and (not (isinstance(now, _SIMPLE) or callable(now)) or now != then)
 
 
 def _change(block: nn.Module) -> str | None:
     """What is no longer as it was when the block was accelerated, if anything is."""
-    modules = dict(block.named_modules(remove_duplicate=False))
-    for name, kind, attributes in getattr(block, SETTINGS, ()):
+    settings = getattr(block, SETTINGS, ())
+    modules = dict(block.named_modules(remove_duplicate=False)) if settings else {}
+    for name, kind, known, attributes in settings:
         module = modules.get(name)
         if module is None or (kind is not None and type(module) is not kind):
             return f"{name!r} has been replaced since; restore and accelerate again"
-        for attribute, then in attributes:
-            now = _contents(getattr(module, attribute, None))
-            if now is not then and (type(now) is not type(then) or now != then):
-                which = f"{name}.{attribute}" if name else attribute
+        own = vars(module)
+        changed = [attribute for attribute, then in attributes if _is_other(own.get(attribute, ...), then)]
+        if not own.keys() <= known:
+            changed += [attribute for attribute, _ in _attributes(module) if attribute not in known]
+        for attribute in changed:
+            if attribute in known or not attribute.startswith("_") or hasattr(type(module), attribute):
+                which = f"{name}.{attribute}" if name else attribute  # else a mark of some library's, read by itself
                 return f"{which!r} has been changed since; restore and accelerate again"
     return None
 

@@ -362,6 +362,17 @@ class CRPBlock_of_pyramids(ports.CRPBlock):
 CRPBlock_of_pyramids.__name__ = "CRPBlock"
 
 
+class ResidualConvUnit_of_a_tensor(ports.ResidualConvUnit):
+    """Which can be changed in place at any time, unseen."""
+
+    def __init__(self) -> None:
+        super().__init__(8, nn.ReLU())
+        self.factor = torch.ones(())
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W), both
+        return x + self.factor * (super().forward(x) - x)
+
+
 def grouped(unit: nn.Module) -> nn.Module:
     unit.conv2 = nn.Conv2d(8, 8, 3, padding=1, groups=2)
     return unit
@@ -386,6 +397,7 @@ LOOKALIKES = {
     "grouped": (lambda: grouped(ports.ResidualConvUnit(8, nn.ReLU())), "expected plain 3x3 or 1x1 .*groups=2"),
     "adapted": (lambda: adapted(ports.ResidualConvUnit(8, nn.ReLU())), "expected plain 3x3 or 1x1 .*ScaledConv"),
     "no parts": (lambda: bare(ports.ResidualConvUnit(8, nn.ReLU())), "parts that its class should have: .*conv2"),
+    "a tensor": (ResidualConvUnit_of_a_tensor, "neither a parameter nor a buffer, 'factor'"),
     "three stages": (lambda: ports.RCUBlock(8, 1, n_stages=3), "expected 2 convolutions a unit .*, got 3"),
     "wider upsampling": (lambda: ports.FeatureFusionBlock_custom(8, width_ratio=1.5), "not that of rcu, fuse: it"),
 }

@@ -33,6 +33,22 @@ class ResidualConvUnit_of_a_function(nn.Module):
         return x + self.factor * self.conv2(self.activation(self.conv1(self.activation(x))))
 
 
+class ResidualConvUnit_of_attributes(ports.ResidualConvUnit):
+    """What it computes is decided by its class, by methods and by a list."""
+
+    factor = 1.0
+
+    def __init__(self) -> None:
+        super().__init__(8, nn.ReLU())
+        self.factors, self.options = [1.0, (1.0,)], {"factor": 1.0}
+
+    def scaled(self, x: Tensor) -> Tensor:  # (N, C, H, W), both
+        return self.factor * self.factors[0] * self.factors[1][0] * self.options["factor"] * x
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W), both
+        return x + getattr(self, "scale", 1.0) * self.scaled(super().forward(x) - x)
+
+
 class Wrapper(nn.Module):
     """As checkpointing, sharding and adapters wrap modules: it does something of its own and passes attributes on."""
 
@@ -84,6 +100,10 @@ def of_a_function(f: Callable[[Tensor], Tensor] = F.relu) -> nn.Module:
     return ResidualConvUnit_of_a_function(f)
 
 
+def attributes() -> nn.Module:
+    return ResidualConvUnit_of_attributes()
+
+
 def with_convolution() -> nn.Module:
     return nn.Sequential(of_a_unit(), nn.Conv2d(8, 8, 3, padding=1))
 
@@ -97,6 +117,12 @@ CHANGES = {
         "'activation' .* changed",
     ),
     "another factor": (of_a_function, lambda m: setattr(m, "factor", 0.5), "'factor' .* changed"),
+    "an attribute that hides the class's": (attributes, lambda m: setattr(m, "factor", 0.5), "'factor' .* changed"),
+    "a method": (attributes, lambda m: setattr(m, "scaled", lambda x: 0.5 * x), "'scaled' .* changed"),
+    "a new attribute": (attributes, lambda m: setattr(m, "scale", 0.5), "'scale' .* changed"),
+    "a list's entry": (attributes, lambda m: m.factors.__setitem__(0, 0.5), "'factors' .* changed"),
+    "a tuple in a list": (attributes, lambda m: m.factors.__setitem__(1, (0.5,)), "'factors' .* changed"),
+    "a dict's entry": (attributes, lambda m: m.options.update(factor=0.5), "'options' .* changed"),
     "no longer in place": (in_place, no_longer_in_place, "'activation.inplace' .* changed"),
     "in a fusion, no longer in place": (
         lambda: ports.FeatureFusionBlock_custom(8, inplace=True),
@@ -135,6 +161,22 @@ def test_a_change_brings_the_own_forward_back(case):
     assert want.shape != before.shape or relative_l2(want, before) > 1e-3
     assert relative_l2(got, want) < 1e-6
     assert re.search(reason, why)
+
+
+def test_marks_that_libraries_leave_change_nothing():
+    """As replicas of ``DataParallel`` and sharded modules have them."""
+    model = accelerate(randomised(attributes()))
+    model._is_replica, model.activation._is_sharded = True, True
+    assert [row.reason for row in explain(model)] == [None]
+
+
+@pytest.mark.parametrize("change", [{"factor": 0.5}, {"factors": [0.5, (1.0,)]}, {"scale": 0.5}])
+def test_attributes_changed_after_compiling(change):
+    model = accelerate(randomised(attributes()))
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    compiled(X)
+    vars(model).update(change)
+    assert relative_l2(compiled(X), restore(model)(X)) < 1e-6
 
 
 def test_restored_and_accelerated_again_a_change_is_tried():
