@@ -57,7 +57,7 @@ class Adapter(ABC):
 
     @abstractmethod
     def trials(self, block: Any, data: Callable[..., Tensor]) -> list[Arguments]:
-        """Arguments to try the block with; ``data(n, c, h, w)`` makes a map."""
+        """Arguments to try the block with; ``data(4, c, h, w)`` makes a map, each image of another spread."""
 
     def forward(self, block: nn.Module, original: Forward, *args: Any, **kwargs: Any) -> Tensor:  # (N, C, H, W)
         """By the ops, or by ``original``, the block's own forward on these arguments, where they cannot."""
@@ -126,7 +126,7 @@ def _contents(value: Any) -> Any:
 
 
 def _is_other(value: Any, then: Any) -> bool:
-    """Whether ``value`` no longer has the contents it had; of what has no equality to rely on, whether it is another."""
+    """Whether ``value`` has other contents; of what has no equality to rely on, whether it is another."""
     if value is then:
         return False
     now = _contents(value)
@@ -237,7 +237,7 @@ class Unit(Adapter):
         return rcu_run(x, [self.parameters(block)], self.skip).to(_summed_dtype(x))
 
     def trials(self, block: Any, data: Callable[..., Tensor]) -> list[Arguments]:
-        return [((data(2, self._convs(block)[0].in_channels, 5, 6),), {})]
+        return [((data(4, self._convs(block)[0].in_channels, 5, 6),), {})]
 
 
 @dataclass(frozen=True)
@@ -263,7 +263,7 @@ class Units(Adapter):
         return rcu_run(x, units).to(_summed_dtype(x))
 
     def trials(self, block: Any, data: Callable[..., Tensor]) -> list[Arguments]:
-        return [((data(2, self._convs(block)[0][0].in_channels, 5, 6),), {})]
+        return [((data(4, self._convs(block)[0][0].in_channels, 5, 6),), {})]
 
 
 @dataclass(frozen=True)
@@ -284,7 +284,7 @@ class Pooling(Adapter):
         return crp(x, [c.weight for c in convs], [c.bias for c in convs], relu=False).to(_summed_dtype(x))
 
     def trials(self, block: Any, data: Callable[..., Tensor]) -> list[Arguments]:
-        return [((data(2, self._convs(block)[0].in_channels, 9, 8),), {})]
+        return [((data(4, self._convs(block)[0].in_channels, 9, 8),), {})]
 
 
 @dataclass(frozen=True)
@@ -388,7 +388,7 @@ class Fusion(Adapter):
     def trials(self, block: Any, data: Callable[..., Tensor]) -> list[Arguments]:
         unit, adapter = self._units(block)[-1]
         channels = next(adapter.parts(unit)).in_channels
-        x, skip, odd = (data(2, channels, *size) for size in ((5, 6), (5, 6), (4, 7)))
+        x, skip, odd = (data(4, channels, *size) for size in ((5, 6), (5, 6), (4, 7)))
         calls: list[Arguments] = [((x,), {})]
         if len(self._units(block)) == 2:
             calls.append(((x, skip), {}))
@@ -412,7 +412,7 @@ class Plain(Adapter):
         return fuse([x], [block.weight], [block.bias])
 
     def trials(self, block: Any, data: Callable[..., Tensor]) -> list[Arguments]:
-        return [((data(2, block.in_channels, 5, 6),), {})]
+        return [((data(4, block.in_channels, 5, 6),), {})]
 
 
 # Pattern of the class's name, adapter; the first that stands its trial is taken.
