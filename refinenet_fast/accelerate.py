@@ -6,16 +6,19 @@ An accelerated block's class becomes a subclass of its own, of the same name, wh
 
 from __future__ import annotations
 
+import contextlib
 import copy as copying
 import functools
 import inspect
 import math
+import random
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -204,7 +207,7 @@ def _chosen(place: _Place) -> tuple[Adapter | None, str | None]:
 
 def _trial(adapter: Adapter, block: nn.Module) -> str | None:
     """Why the ops do not compute what the block computes, for a copy with random weights; None if they do."""
-    with torch.device("cpu"), torch.random.fork_rng(devices=[]), use_backend("auto"):
+    with torch.device("cpu"), _generators_kept(), use_backend("auto"):
         try:
             twin = _twin(block)
         except Exception as error:  # whatever another library's module raises when it is copied
@@ -217,7 +220,7 @@ def _trial(adapter: Adapter, block: nn.Module) -> str | None:
 
 
 def _eval_and_training(adapter: Adapter, twin: nn.Module) -> str | None:
-    """Of training all but batch norm, in which the ops are not used: what drops values at random, for one, is found."""
+    """Of training all but batch norm, in which the ops are not used."""
     for training in (False, True):
         for module in twin.modules():
             module.training = training and not isinstance(module, _BatchNorm)
@@ -242,17 +245,38 @@ def _calls(adapter: Adapter, twin: nn.Module) -> str | None:
     """One after another, those that the block itself takes: not every one does without a skip, or with one."""
     tried, failure = 0, None
     for args, kwargs in adapter.trials(twin, _Normal(*SPREADS)):
+        before = _generators()
         try:  # whatever a block of another meaning raises
             want = type(twin).forward(twin, *map(torch.clone, args), **kwargs)
         except Exception as error:
             failure = error
             continue
+        if _generators() != before:  # what it drew may have left this result as it would have been without
+            return "it draws random numbers"
         tried += 1
         got = adapter.fused(twin, *args, **kwargs) if adapter.takes(twin, *args, **kwargs) else None
         off = _difference(got, want)
         if not off <= TOLERANCE:
             return f"on a small input its result is not that of {adapter.op}: it differs by {off:.1e} of the largest"
     return None if tried else f"its own forward failed on small inputs: {failure}"
+
+
+def _generators() -> tuple[Any, ...]:
+    """The states of those that a module on the CPU may draw from: Python's, NumPy's, PyTorch's."""
+    numpys: Any = np.random.get_state()
+    return random.getstate(), numpys[1].tobytes(), numpys[2:], torch.get_rng_state().numpy().tobytes()
+
+
+@contextlib.contextmanager
+def _generators_kept() -> Iterator[None]:
+    """What is drawn inside takes no step of them."""
+    python, numpys = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpys)
 
 
 def _twin(block: nn.Module) -> nn.Module:
