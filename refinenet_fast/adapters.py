@@ -20,7 +20,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from refinenet_fast.blocks import Convolution, is_bare
-from refinenet_fast.ops import _check, crp, fuse, rcu_run
+from refinenet_fast.ops import _autocast, _check, crp, fuse, rcu_run
 from refinenet_fast.ops._autocast import autocast_dtype
 
 MARK = "refinenet_fast_adapter"  # the attribute by which the class of an accelerated block is known
@@ -62,6 +62,7 @@ class Adapter(ABC):
     def forward(self, block: nn.Module, original: Forward, *args: Any, **kwargs: Any) -> Tensor:  # (N, C, H, W)
         """By the ops, or by ``original``, the block's own forward on these arguments, where they cannot."""
         covered = self.takes(block, *args, **kwargs) and not _is_transformed() and self.hindrance(block) is None
+        covered = covered and self._goes_with(block, *args)
         y = self.fused(block, *args, **kwargs) if covered else None
         return original() if y is None else y
 
@@ -81,6 +82,21 @@ class Adapter(ABC):
             if child is not block and not is_bare(child):
                 return f"{name!r} has hooks, another forward or is compiled by itself; its own forward would not run"
         return _change(block)
+
+    def _goes_with(self, block: nn.Module, *maps: Tensor | None) -> bool:  # each (N, C, H, W)
+        """Whether autocast leaves parameters that an op takes beside these maps: of the maps' dtype, or float32.
+
+        Autocast casts parameters of another 16-bit type for PyTorch's convolutions, not for the ops.
+        """
+        x = next(x for x in maps if x is not None)
+        if not _autocast.is_on(x.device.type):
+            return True  # then they have the maps' dtype, or the block's own forward would raise as well
+        taken = (autocast_dtype(x), torch.float32)
+        return all(
+            p is None or p.dtype in taken
+            for part in self.parts(block)
+            for p in (part.parameters() if part._modules else part._parameters.values())  # _modules: parametrized
+        )
 
     def settings(self, block: nn.Module) -> Settings:
         """What decides, beside its parts, what a block computes: activations, flags, factors."""
@@ -381,7 +397,7 @@ class Fusion(Adapter):
         corners = getattr(block, "align_corners", True)
         if projection is not None:
             return fuse([t], [projection.weight], [projection.bias], size=size, align_corners=corners)
-        if torch.is_autocast_enabled(t.device.type):  # whose rules for upsampling are its own, and the device's
+        if _autocast.is_on(t.device.type):  # whose rules for upsampling are its own, and the device's
             return F.interpolate(t, tuple(size), mode="bilinear", align_corners=corners)
         return fuse([t], [None], size=size, align_corners=corners)
 

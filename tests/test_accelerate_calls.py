@@ -150,3 +150,29 @@ def test_the_dtype_under_autocast_is_the_blocks_own(name, given):
         assert op_ran(fast, X.to(given))
     assert ours.dtype == theirs.dtype
     assert relative_l2(ours, theirs) < 2e-2
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("given", [torch.float32, torch.float16])
+def test_under_autocast_parameters_of_another_16_bit_type_are_the_blocks_own(name, given):
+    """PyTorch casts those, too."""
+    model = randomised(BLOCKS[name]()).half()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = accelerate(model, copy=True)(X.to(given))
+        assert torch.equal(ours, model(X.to(given)))
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_under_autocast_errors_about_float64_are_the_blocks_own(name):
+    model = accelerate(randomised(BLOCKS[name]()).double())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with pytest.raises(RuntimeError) as ours:
+            model(X)
+        with pytest.raises(RuntimeError) as theirs:
+            restore(model)(X)
+    assert str(ours.value) == str(theirs.value)
+
+
+def test_on_a_device_without_autocast():
+    model = accelerate(randomised(ports.FeatureFusionBlock(8))).to("meta")
+    assert model(X.to("meta")).shape == (1, 8, 12, 8)
