@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from refinenet_fast import blocks
-from refinenet_fast.adapters import ADAPTERS, MARK, SETTINGS, Adapter, Plain, is_plain
+from refinenet_fast.adapters import ADAPTERS, MARK, REPLACED, SETTINGS, Adapter, Plain, is_plain
 from refinenet_fast.backends import use_backend
 from refinenet_fast.ops import _check
 
@@ -321,12 +321,12 @@ def _replace(module: nn.Module, adapter: Adapter | None) -> None:
     if adapter is not None:
         kind: Any = type(module)
         module.__dict__[SETTINGS] = adapter.settings(module)
-        module.__class__ = _accelerated(kind, adapter)
+        module.__class__ = _accelerated(kind, kind.forward, adapter)
 
 
 @functools.cache
-def _accelerated(kind: Any, adapter: Adapter) -> type[nn.Module]:
-    """The subclass of a block's class whose forward is the adapter's."""
+def _accelerated(kind: Any, own: Any, adapter: Adapter) -> type[nn.Module]:
+    """The subclass of a block's class, whose forward is ``own``, with the adapter's."""
     parameters = list(inspect.signature(kind.forward).parameters.values())[1:]
     names = [p.name for p in parameters if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
 
@@ -340,7 +340,8 @@ def _accelerated(kind: Any, adapter: Adapter) -> type[nn.Module]:
         return _blank, (kind, adapter), state  # a pickle names the block's own class
 
     named = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
-    return type(kind.__name__, (kind,), {**named, MARK: adapter, "forward": forward, "__reduce_ex__": __reduce_ex__})
+    members = {MARK: adapter, REPLACED: (kind, own), "forward": forward, "__reduce_ex__": __reduce_ex__}
+    return type(kind.__name__, (kind,), {**named, **members})
 
 
 def _in_order(
@@ -357,7 +358,7 @@ def _in_order(
 
 
 def _blank(kind: Any, adapter: Adapter) -> nn.Module:
-    accelerated = _accelerated(kind, adapter)
+    accelerated = _accelerated(kind, kind.forward, adapter)
     return accelerated.__new__(accelerated)
 
 

@@ -24,8 +24,12 @@ from refinenet_fast.ops import _autocast, _check, crp, fuse, rcu_run
 from refinenet_fast.ops._autocast import autocast_dtype
 
 MARK = "refinenet_fast_adapter"  # the attribute by which the class of an accelerated block is known
+REPLACED = "refinenet_fast_replaced"  # its attribute with the block's own class and that one's forward
 SETTINGS = "_refinenet_fast_settings"  # that of the block itself with what it was when it was accelerated
 _OF_EVERY_MODULE = frozenset({*dir(nn.Module()), SETTINGS})
+# As they are when this is imported: whoever patches them later is to be seen.
+_CONV2D = nn.Conv2d.forward, nn.Conv2d._conv_forward
+_BATCH_NORMS = _BatchNorm.forward, nn.SyncBatchNorm.forward
 _CONTAINERS, _SIMPLE = (list, tuple, dict), (bool, int, float, str)
 Forward = Callable[[], Tensor]
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -77,8 +81,12 @@ class Adapter(ABC):
                 if part.training or part.running_mean is None:
                     return "batch norm in training, or without statistics"
             elif not is_plain(part):
+                if (nn.Conv2d.forward, nn.Conv2d._conv_forward) != _CONV2D:
+                    return "the forward of nn.Conv2d has been replaced, for all convolutions"
                 return f"expected plain 3x3 or 1x1 convolutions that keep the size, got {part}"
         for name, child in block.named_modules():
+            if _is_patched(type(child)):
+                return f"the forward of the class {type(child).__name__} has been replaced since"
             if child is not block and not is_bare(child):
                 return f"{name!r} has hooks, another forward or is compiled by itself; its own forward would not run"
         return _change(block)
@@ -114,13 +122,19 @@ def is_plain(conv: nn.Module) -> bool:
     if not isinstance(conv, nn.Conv2d) or not Convolution.covers(conv) or "_conv_forward" in conv.__dict__:
         return False
     kind: Any = type(conv)
-    ours = isinstance(getattr(kind, MARK, None), Plain)
-    return (ours or kind.forward is nn.Conv2d.forward) and kind._conv_forward is nn.Conv2d._conv_forward
+    forward = nn.Conv2d.forward if isinstance(getattr(kind, MARK, None), Plain) else kind.forward
+    return forward is _CONV2D[0] and kind._conv_forward is _CONV2D[1]
+
+
+def _is_patched(kind: Any) -> bool:
+    """Whether a class that we accelerated had another forward then."""
+    replaced = getattr(kind, REPLACED, None)
+    return replaced is not None and replaced[0].forward is not replaced[1]
 
 
 def _is_norm(module: nn.Module) -> TypeGuard[_BatchNorm]:
     """Whether it is a batch norm and nothing more, as some with an activation inside are."""
-    return isinstance(module, _BatchNorm) and type(module).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+    return isinstance(module, _BatchNorm) and type(module).forward in _BATCH_NORMS
 
 
 def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -179,6 +179,59 @@ def test_attributes_changed_after_compiling(change):
     assert relative_l2(compiled(X), restore(model)(X)) < 1e-6
 
 
+def other(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda *args: 2 * forward(*args)
+
+
+PATCHES = {  # model, class and name of the function, reason
+    "a unit's": (of_a_unit, ports.ResidualConvUnit, "forward", "class ResidualConvUnit has been replaced"),
+    "a unit's in a fusion": (
+        lambda: ports.FeatureFusionBlock_custom(8), ports.ResidualConvUnit, "forward", "class ResidualConvUnit_custom",
+    ),
+    "a fusion's": (
+        lambda: ports.FeatureFusionBlock_custom(8), ports.FeatureFusionBlock_custom, "forward", "FeatureFusionBlock_cu",
+    ),
+    "all convolutions'": (with_convolution, nn.Conv2d, "forward", "nn.Conv2d has been replaced"),
+    "all convolutions' inside": (with_convolution, nn.Conv2d, "_conv_forward", "nn.Conv2d has been replaced"),
+    "all batch norms'": (
+        lambda: of_a_unit(bn=True), nn.modules.batchnorm._BatchNorm, "forward", "got BatchNorm2d",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", PATCHES)
+def test_a_patched_class_brings_the_own_forward_back(case, monkeypatch):
+    build, kind, name, reason = PATCHES[case]
+    model = accelerate(randomised(build()))
+    before = model(X)
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, name, other(getattr(kind, name)))
+        got, why = model(X), "; ".join(str(row.reason) for row in explain(model))
+        want = restore(copy.deepcopy(model))(X)
+    assert relative_l2(want, before) > 1e-3
+    assert relative_l2(got, want) < 1e-6
+    assert re.search(reason, why)
+    assert torch.equal(model(X), before)  # and undone, the ops run again
+
+
+def test_a_patched_class_accelerated_again(monkeypatch):
+    """With another forward that computes the same."""
+    model = accelerate(randomised(of_a_unit()))
+    forward = ports.ResidualConvUnit.forward
+    monkeypatch.setattr(ports.ResidualConvUnit, "forward", lambda self, x: forward(self, x))
+    assert "class ResidualConvUnit" in explain(model)[0].reason
+    assert explain(accelerate(restore(model)))[0].reason is None
+    assert explain(pickle.loads(pickle.dumps(model)))[0].reason is None
+
+
+def test_a_class_patched_after_compiling(monkeypatch):
+    model = accelerate(randomised(of_a_unit()))
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    compiled(X)
+    monkeypatch.setattr(ports.ResidualConvUnit, "forward", other(ports.ResidualConvUnit.forward))
+    assert relative_l2(compiled(X), restore(model)(X)) < 1e-6
+
+
 def test_restored_and_accelerated_again_a_change_is_tried():
     model = accelerate(randomised(in_place()))
     no_longer_in_place(model)
