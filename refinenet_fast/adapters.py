@@ -207,10 +207,18 @@ def _is_size(value: Any) -> bool:
 
 def _is_transformed() -> bool:
     """Whether torch.func, forward-mode derivatives or torch.jit.trace, which the ops do not know, are at work."""
-    if torch.compiler.is_dynamo_compiling():
-        return False
-    transformed = torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
-    return transformed or torch.jit.is_tracing()
+    if _is_in_functorch() or forward_ad._current_level >= 0:
+        return True
+    return not torch.compiler.is_dynamo_compiling() and torch.jit.is_tracing()
+
+
+def _is_in_functorch() -> bool:
+    return torch._C._functorch.maybe_current_level() is not None
+
+
+# Dynamo cannot trace the call, but is within torch.func as well, and guards on that. torch.compiler's decorator, which
+# does this, would import Dynamo with this module.
+_is_in_functorch._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _summed_dtype(*maps: Tensor | None) -> torch.dtype:

@@ -129,6 +129,28 @@ def test_what_transforms_a_forward_sees_the_blocks_own(transform):
     assert relative_l2(got, TRANSFORMS[transform](restore(model), X)) < 1e-6
 
 
+COMPILED = {
+    "vmap": lambda f, x: torch.compile(torch.vmap(f), backend="eager")(x[None]),
+    "vmap of what is compiled": lambda f, x: torch.vmap(torch.compile(f, backend="eager"))(x[None]),
+    "jvp": lambda f, x: torch.compile(lambda x: torch.func.jvp(f, (x,), (x,))[1], backend="eager")(x),
+    "grad": lambda f, x: torch.compile(torch.func.grad(lambda x: f(x).square().sum()), backend="eager")(x),
+    "forward mode": lambda f, x: torch.compile(forward_mode, backend="eager")(f, x),
+}
+
+
+@pytest.mark.parametrize("transform", COMPILED)
+def test_compiled_and_transformed(transform):
+    """What is compiled before, or afterwards, without the transform runs the ops."""
+    model = accelerate(nn.Sequential(randomised(NamedPreActResidualLayer()), nn.Conv2d(8, 8, 3, padding=1)))
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert op_ran(compiled, X)
+    got = COMPILED[transform](model, X)
+    assert op_ran(compiled, X)
+    torch._dynamo.reset()
+    assert relative_l2(got, COMPILED[transform](restore(model), X)) < 1e-6
+
+
 BLOCKS = {
     "unit": lambda: ports.ResidualConvUnit_custom(8, nn.ReLU()),
     "units": lambda: ports.RCUBlock(8, 2),
