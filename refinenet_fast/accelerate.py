@@ -13,7 +13,7 @@ import inspect
 import math
 import random
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple, TypeVar
@@ -336,8 +336,10 @@ def _accelerated(kind: Any, own: Any, adapter: Adapter) -> type[nn.Module]:
         return adapter.forward(self, functools.partial(kind.forward, self, *args, **kwargs), *maps, **options)
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
-        state = kind.__reduce_ex__(self, max(2, protocol))[2]  # Python 3.10 has no object.__getstate__
-        return _blank, (kind, adapter), state  # a pickle names the block's own class
+        make, args, *rest = kind.__reduce_ex__(self, max(2, protocol))
+        if rest and rest[0] is not None:
+            return _blank, (kind, adapter), rest[0]  # a pickle names the block's own class
+        return _made, (kind if make is type(self) else make, args, adapter)  # which is made anew from its arguments
 
     named = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
     members = {MARK: adapter, REPLACED: (kind, own), "forward": forward, "__reduce_ex__": __reduce_ex__}
@@ -360,6 +362,12 @@ def _in_order(
 def _blank(kind: Any, adapter: Adapter) -> nn.Module:
     accelerated = _accelerated(kind, kind.forward, adapter)
     return accelerated.__new__(accelerated)
+
+
+def _made(make: Callable[..., nn.Module], args: tuple[Any, ...], adapter: Adapter) -> nn.Module:
+    module = make(*args)
+    _replace(module, adapter)
+    return module
 
 
 def _nothing(model: nn.Module, places: list[_Place]) -> str:

@@ -240,6 +240,33 @@ def test_restored_and_accelerated_again_a_change_is_tried():
     assert relative_l2(model(X), restore(model)(X)) < 1e-6
 
 
+class ResidualConvUnit_made_anew(ports.ResidualConvUnit):
+    """Its pickles and copies hold what it is made from, and no state."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__(features, nn.ReLU())
+        randomised(self)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.conv1.in_channels,)
+
+
+class ResidualConvUnit_made_by_name(ResidualConvUnit_made_anew):
+    def __reduce__(self) -> tuple[object, ...]:
+        return ResidualConvUnit_made_by_name, (self.conv1.in_channels,), None
+
+
+@pytest.mark.parametrize("kind", [ResidualConvUnit_made_anew, ResidualConvUnit_made_by_name])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_and_pickles_of_a_block_without_a_state(kind, copied):
+    model = accelerate(kind(8))
+    other = copied(model)
+    assert [(row.op, row.reason) for row in explain(other)] == [("rcu", None)]
+    assert torch.equal(other(X), model(X))
+    assert type(restore(other)) is kind and type(restore(copied(other))) is kind
+    assert type(restore(model)) is kind
+
+
 @pytest.mark.parametrize("f", [F.relu, functools.partial(F.relu, inplace=False)])
 def test_functions_are_recognised_in_copies_pickles_and_compiled(f):
     model = accelerate(randomised(of_a_function(f)))
