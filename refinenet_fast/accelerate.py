@@ -66,8 +66,8 @@ def accelerate(model: Model, *, copy: bool = False) -> Model:
     this call) work. Batch norm is folded in eval, anew at each call. The block's own forward runs in training with
     batch norm, where hooks sit on its children, where its activation or another part has been changed since, under
     ``torch.func``, forward-mode derivatives and ``torch.jit.trace``, and for arguments that are not those of the ops.
-    Gradients of gradients raise. Results are in ``channels_last`` memory. A block whose ReLU works in place no longer
-    overwrites its input.
+    Gradients of gradients raise, as does ``torch.jit.script``: :func:`restore` the model before. Results are in
+    ``channels_last`` memory. A block whose ReLU works in place no longer overwrites its input.
 
     Args:
         model: Any module; changed in place, unless
@@ -341,9 +341,15 @@ def _accelerated(kind: Any, own: Any, adapter: Adapter) -> type[nn.Module]:
             return _blank, (kind, adapter), rest[0]  # a pickle names the block's own class
         return _made, (kind if make is type(self) else make, args, adapter)  # which is made anew from its arguments
 
+    def __prepare_scriptable__(self: nn.Module) -> None:  # which torch.jit.script calls first
+        raise RuntimeError(
+            f"torch.jit.script: expected a model that is not accelerated, found an accelerated {kind.__name__};"
+            " call refinenet_fast.restore(model) before"
+        )
+
     named = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
-    members = {MARK: adapter, REPLACED: (kind, own), "forward": forward, "__reduce_ex__": __reduce_ex__}
-    return type(kind.__name__, (kind,), {**named, **members})
+    methods = {f.__name__: f for f in (__reduce_ex__, __prepare_scriptable__)}
+    return type(kind.__name__, (kind,), {**named, **methods, MARK: adapter, REPLACED: (kind, own), "forward": forward})
 
 
 def _in_order(

@@ -129,6 +129,18 @@ def test_what_transforms_a_forward_sees_the_blocks_own(transform):
     assert relative_l2(got, TRANSFORMS[transform](restore(model), X)) < 1e-6
 
 
+@pytest.mark.parametrize("build", [NamedPreActResidualLayer, lambda: nn.Conv2d(8, 8, 3, padding=1)])
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script. is deprecated")
+def test_scripting_says_what_to_do_first(build):
+    """TorchScript reads the source of a forward, and there is none that says what an accelerated block computes."""
+    model = accelerate(nn.Sequential(build(), unit()))
+    with pytest.raises(RuntimeError, match=r"torch.jit.script: .* accelerated .*call refinenet_fast.restore\(model\)"):
+        torch.jit.script(model[0])
+    with pytest.raises(RuntimeError, match="restore"):
+        torch.jit.script(nn.Sequential(model[0]))
+    assert torch.equal(torch.jit.script(restore(model)[0])(X), model[0](X))
+
+
 COMPILED = {
     "vmap": lambda f, x: torch.compile(torch.vmap(f), backend="eager")(x[None]),
     "vmap of what is compiled": lambda f, x: torch.vmap(torch.compile(f, backend="eager"))(x[None]),
