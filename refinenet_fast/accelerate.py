@@ -45,12 +45,14 @@ class Explanation:
         kind: Its class.
         op: What runs in its place; None where it has been left alone.
         reason: Why it has been left alone, or why, replaced, it runs its own forward as things are now; else None.
+        note: What a block that is computed by the ops no longer does; None where there is nothing of the kind.
     """
 
     name: str
     kind: str
     op: str | None
     reason: str | None
+    note: str | None = None
 
 
 def accelerate(model: Model, *, copy: bool = False) -> Model:
@@ -67,7 +69,8 @@ def accelerate(model: Model, *, copy: bool = False) -> Model:
     batch norm, where hooks sit on its children, where its activation or another part has been changed since, under
     ``torch.func``, forward-mode derivatives and ``torch.jit.trace``, and for arguments that are not those of the ops.
     Gradients of gradients raise, as does ``torch.jit.script``: :func:`restore` the model before. Results are in
-    ``channels_last`` memory. A block whose ReLU works in place no longer overwrites its input.
+    ``channels_last`` memory. A block whose ReLU works in place no longer overwrites its input: who reads that again
+    after the block, and counts on ReLU, gets another result (:func:`explain` notes these blocks).
 
     Args:
         model: Any module; changed in place, unless
@@ -132,7 +135,8 @@ def explain(model: nn.Module) -> list[Explanation]:
         elif reason is None:
             reason = (None if place.plain else _chosen(place)[1]) or "not accelerated"
         op = None if adapter is None else adapter.op
-        rows.append(Explanation(place.name, type(place.module).__name__, op, reason))
+        note = None if adapter is None or reason is not None else adapter.note(place.module)
+        rows.append(Explanation(place.name, type(place.module).__name__, op, reason, note))
     return rows
 
 

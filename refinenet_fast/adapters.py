@@ -106,6 +106,13 @@ class Adapter(ABC):
             for p in (part.parameters() if part._modules else part._parameters.values())  # _modules: parametrized
         )
 
+    def note(self, block: nn.Module) -> str | None:
+        """What an accelerated block does no longer, beside what it computes."""
+        units = [getattr(type(module), MARK, None) for module in block.modules()]
+        if not any(isinstance(unit, Unit) and unit.skip == "relu" for unit in units):
+            return None
+        return "its ReLU worked in place and overwrote a map it was given, which now stays as it is"
+
     def settings(self, block: nn.Module) -> Settings:
         """What decides, beside its parts, what a block computes: activations, flags, factors."""
         parts = set(self.parts(block))

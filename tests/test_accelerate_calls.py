@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import ports
 from ports import image, randomised
-from refinenet_fast import accelerate, restore
+from refinenet_fast import accelerate, explain, restore
 from refinenet_fast.testing import relative_l2
 
 
@@ -104,6 +104,22 @@ def test_more_maps_than_a_fusion_has_are_the_blocks_own():
     model = accelerate(randomised(ports.FeatureFusionBlock(8)))
     got = model(X, SKIP, SKIP)
     assert relative_l2(got, restore(model)(X.clone(), SKIP, SKIP)) < 1e-6
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+def test_an_input_that_is_no_longer_overwritten_is_noted(inplace):
+    """Who reads the skip again after the block gets what it was."""
+    model = randomised(ports.FeatureFusionBlock_custom(8, inplace=inplace))
+    fast, skip = accelerate(model, copy=True), SKIP.clone()
+    fast(X.clone(), skip)
+    assert torch.equal(skip, SKIP)
+    model(X.clone(), skip)
+    assert torch.equal(skip, F.relu(SKIP) if inplace else SKIP)
+    notes = {row.name: row.note for row in explain(fast)}
+    assert set(notes) == {"", "resConfUnit1", "resConfUnit2"}
+    for note in notes.values():
+        assert ("overwrote a map it was given" in note) if inplace else note is None
+    assert {row.note for row in explain(model)} == {None}
 
 
 TRANSFORMS = {
