@@ -96,9 +96,9 @@ class Adapter(ABC):
 
         Autocast casts parameters of another 16-bit type for PyTorch's convolutions, not for the ops.
         """
-        x = next(x for x in maps if x is not None)
-        if not _autocast.is_on(x.device.type):
-            return True  # then they have the maps' dtype, or the block's own forward would raise as well
+        x = next((x for x in maps if x is not None), None)
+        if x is None or not _autocast.is_on(x.device.type):
+            return x is not None  # then they have the maps' dtype, or the block's own forward would raise as well
         taken = (autocast_dtype(x), torch.float32)
         return all(
             p is None or p.dtype in taken

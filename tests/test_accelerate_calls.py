@@ -99,6 +99,16 @@ def test_a_convolution_called_by_name():
     assert torch.equal(model[1](input=X), model[1](X))
 
 
+@pytest.mark.parametrize("build", [unit, lambda: randomised(ports.FeatureFusionBlock(8))])
+def test_errors_about_no_map_are_the_blocks_own(build):
+    model = accelerate(build())
+    with pytest.raises(Exception) as ours:
+        model(None)
+    with pytest.raises(Exception) as theirs:
+        restore(model)(None)
+    assert (ours.type, str(ours.value)) == (theirs.type, str(theirs.value))
+
+
 def test_more_maps_than_a_fusion_has_are_the_blocks_own():
     """MiDaS' block looks at a skip only where it is given two maps."""
     model = accelerate(randomised(ports.FeatureFusionBlock(8)))

@@ -7,6 +7,7 @@ import functools
 import pickle
 import re
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -41,9 +42,10 @@ class ResidualConvUnit_of_attributes(ports.ResidualConvUnit):
     def __init__(self) -> None:
         super().__init__(8, nn.ReLU())
         self.factors, self.options = [1.0, (1.0,)], {"factor": 1.0}
+        self.config = SimpleNamespace(factor=1.0)
 
     def scaled(self, x: Tensor) -> Tensor:  # (N, C, H, W), both
-        return self.factor * self.factors[0] * self.factors[1][0] * self.options["factor"] * x
+        return self.factor * self.factors[0] * self.factors[1][0] * self.options["factor"] * self.config.factor * x
 
     def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W), both
         return x + getattr(self, "scale", 1.0) * self.scaled(super().forward(x) - x)
@@ -123,6 +125,7 @@ CHANGES = {
     "a list's entry": (attributes, lambda m: m.factors.__setitem__(0, 0.5), "'factors' .* changed"),
     "a tuple in a list": (attributes, lambda m: m.factors.__setitem__(1, (0.5,)), "'factors' .* changed"),
     "a dict's entry": (attributes, lambda m: m.options.update(factor=0.5), "'options' .* changed"),
+    "another object": (attributes, lambda m: setattr(m, "config", SimpleNamespace(factor=0.5)), "'config' .* changed"),
     "no longer in place": (in_place, no_longer_in_place, "'activation.inplace' .* changed"),
     "in a fusion, no longer in place": (
         lambda: ports.FeatureFusionBlock_custom(8, inplace=True),
@@ -267,9 +270,11 @@ def test_copies_and_pickles_of_a_block_without_a_state(kind, copied):
     assert type(restore(model)) is kind
 
 
-@pytest.mark.parametrize("f", [F.relu, functools.partial(F.relu, inplace=False)])
-def test_functions_are_recognised_in_copies_pickles_and_compiled(f):
-    model = accelerate(randomised(of_a_function(f)))
+@pytest.mark.parametrize(
+    "build", [of_a_function, lambda: of_a_function(functools.partial(F.relu, inplace=False)), attributes]
+)
+def test_attributes_are_recognised_in_copies_pickles_and_compiled(build):
+    model = accelerate(randomised(build()))
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert [row.reason for row in explain(other)] == [None]
         assert torch.equal(other(X), model(X))
