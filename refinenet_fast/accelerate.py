@@ -6,29 +6,33 @@ An accelerated block's class becomes a subclass of its own, of the same name, wh
 
 from __future__ import annotations
 
+import contextlib
 import copy as copying
 import functools
 import inspect
 import math
+import random
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from refinenet_fast import blocks
-from refinenet_fast.adapters import ADAPTERS, MARK, SETTINGS, Adapter, Plain, is_plain
+from refinenet_fast.adapters import ADAPTERS, MARK, REPLACED, SETTINGS, Adapter, Plain, is_plain
 from refinenet_fast.backends import use_backend
 from refinenet_fast.ops import _check
 
 Model = TypeVar("Model", bound=nn.Module)
 OWN = (blocks.RefineNetBlock, blocks.ResidualConvUnit, blocks.ResidualConvUnits, blocks.ChainedResidualPooling,
        blocks.MultiResolutionFusion, blocks.Convolution)  # fmt: skip
-SPREAD = 30.0  # standard deviation of a trial's maps: an activation with a ceiling, ReLU6 for one, is to meet it
+# Standard deviations of a trial's images: an activation that is smooth about zero, or has a ceiling, is to show it.
+SPREADS = (0.1, 1.0, 30.0, 1e4)
 TOLERANCE = 1e-4  # of a trial in float32, relative to the largest value
 
 
@@ -41,12 +45,14 @@ class Explanation:
         kind: Its class.
         op: What runs in its place; None where it has been left alone.
         reason: Why it has been left alone, or why, replaced, it runs its own forward as things are now; else None.
+        note: What a block that is computed by the ops no longer does; None where there is nothing of the kind.
     """
 
     name: str
     kind: str
     op: str | None
     reason: str | None
+    note: str | None = None
 
 
 def accelerate(model: Model, *, copy: bool = False) -> Model:
@@ -62,8 +68,10 @@ def accelerate(model: Model, *, copy: bool = False) -> Model:
     this call) work. Batch norm is folded in eval, anew at each call. The block's own forward runs in training with
     batch norm, where hooks sit on its children, where its activation or another part has been changed since, under
     ``torch.func``, forward-mode derivatives and ``torch.jit.trace``, and for arguments that are not those of the ops
-    (Prompt Depth Anything's fusions: for a prompt). Gradients of gradients raise. Results are in ``channels_last``
-    memory. A block whose ReLU works in place no longer overwrites its input.
+    (Prompt Depth Anything's fusions: for a prompt). Gradients of gradients raise, as does ``torch.jit.script``:
+    :func:`restore` the model before. Results are in ``channels_last`` memory. A block whose ReLU works in place no longer
+    overwrites its input: who reads that again after the block, and counts on ReLU, gets another result (:func:`explain`
+    notes these blocks).
 
     Args:
         model: Any module; changed in place, unless
@@ -130,7 +138,8 @@ def explain(model: nn.Module) -> list[Explanation]:
         adapter = _adapter(place.module)
         op = None if adapter is None else adapter.op
         reason = (refusals[place.module] or "not accelerated") if adapter is None else adapter.hindrance(place.module)
-        rows.append(Explanation(place.name, type(place.module).__name__, op, reason))
+        note = None if adapter is None or reason is not None else adapter.note(place.module)
+        rows.append(Explanation(place.name, type(place.module).__name__, op, reason, note))
     return rows
 
 
@@ -222,7 +231,7 @@ def _chosen(place: _Place) -> tuple[Adapter | None, str | None]:
 
 def _trial(adapter: Adapter, block: nn.Module) -> str | None:
     """Why the ops do not compute what the block computes, for a copy with random weights; None if they do."""
-    with torch.device("cpu"), torch.random.fork_rng(devices=[]), use_backend("auto"):
+    with torch.device("cpu"), _generators_kept(), use_backend("auto"):
         try:
             twin = _twin(block)
         except Exception as error:  # whatever another library's module raises when it is copied
@@ -235,31 +244,63 @@ def _trial(adapter: Adapter, block: nn.Module) -> str | None:
 
 
 def _eval_and_training(adapter: Adapter, twin: nn.Module) -> str | None:
-    """Of training all but batch norm, in which the ops are not used: what drops values at random, for one, is found."""
+    """Of training all but batch norm, in which the ops are not used."""
     for training in (False, True):
         for module in twin.modules():
             module.training = training and not isinstance(module, _BatchNorm)
         reason = adapter.hindrance(twin) or _calls(adapter, twin)
         if reason is not None:
             return f"in training, {reason}" if training else reason
+    return _tensors_held(adapter, twin)
+
+
+def _tensors_held(adapter: Adapter, twin: nn.Module) -> str | None:
+    """Whether a module beside the parts has tensors whose changes in place nothing would show afterwards."""
+    parts = set(adapter.parts(twin))
+    for name, module in twin.named_modules():
+        for attribute, value in vars(module).items() if module not in parts else ():
+            if isinstance(value, Tensor):
+                which = f"{name}.{attribute}" if name else attribute
+                return f"it holds a tensor that is neither a parameter nor a buffer, {which!r}"
     return None
 
 
 def _calls(adapter: Adapter, twin: nn.Module) -> str | None:
     """One after another, those that the block itself takes: not every one does without a skip, or with one."""
     tried, failure = 0, None
-    for args, kwargs in adapter.trials(twin, _Normal(SPREAD)):
+    for args, kwargs in adapter.trials(twin, _Normal(*SPREADS)):
+        before = _generators()
         try:  # whatever a block of another meaning raises
             want = type(twin).forward(twin, *map(torch.clone, args), **kwargs)
         except Exception as error:
             failure = error
             continue
+        if _generators() != before:  # what it drew may have left this result as it would have been without
+            return "it draws random numbers"
         tried += 1
         got = adapter.fused(twin, *args, **kwargs) if adapter.takes(twin, *args, **kwargs) else None
         off = _difference(got, want)
         if not off <= TOLERANCE:
             return f"on a small input its result is not that of {adapter.op}: it differs by {off:.1e} of the largest"
     return None if tried else f"its own forward failed on small inputs: {failure}"
+
+
+def _generators() -> tuple[Any, ...]:
+    """The states of those that a module on the CPU may draw from: Python's, NumPy's, PyTorch's."""
+    numpys: Any = np.random.get_state()
+    return random.getstate(), numpys[1].tobytes(), numpys[2:], torch.get_rng_state().numpy().tobytes()
+
+
+@contextlib.contextmanager
+def _generators_kept() -> Iterator[None]:
+    """What is drawn inside takes no step of them."""
+    python, numpys = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpys)
 
 
 def _twin(block: nn.Module) -> nn.Module:
@@ -276,33 +317,40 @@ def _twin(block: nn.Module) -> nn.Module:
 
 
 class _Normal:
-    """Normal values, the same in every process, without a step of PyTorch's own generator."""
+    """Normal values, the same in every process, without a step of PyTorch's own generator.
 
-    def __init__(self, scale: float = 1.0) -> None:
+    Args:
+        spreads: Standard deviations of the entries of the first dimension, in turn; none for 1.
+    """
+
+    def __init__(self, *spreads: float) -> None:
         self.generator = torch.Generator().manual_seed(0)
-        self.scale = scale
+        self.spreads = spreads
 
     def __call__(self, *shape: int) -> Tensor:
-        return self.scale * torch.randn(shape, generator=self.generator, dtype=torch.float32)
+        values = torch.randn(shape, generator=self.generator, dtype=torch.float32)
+        for i, spread in enumerate(self.spreads):
+            values[i :: len(self.spreads)] *= spread
+        return values
 
 
 def _difference(got: Any, want: Any) -> float:
-    """Largest difference, relative to the largest value; inf where these are no maps of one shape."""
+    """Largest difference in an image, relative to its largest value; inf where these are no maps of one shape."""
     if not isinstance(got, Tensor) or not isinstance(want, Tensor) or got.shape != want.shape:
         return math.inf
-    return float((got - want).abs().max() / want.abs().max())
+    return float(((got - want).abs().flatten(1).amax(1) / want.abs().flatten(1).amax(1)).max())
 
 
 def _replace(module: nn.Module, adapter: Adapter | None) -> None:
     if adapter is not None:
         kind: Any = type(module)
         module.__dict__[SETTINGS] = adapter.settings(module)
-        module.__class__ = _accelerated(kind, adapter)
+        module.__class__ = _accelerated(kind, kind.forward, adapter)
 
 
 @functools.cache
-def _accelerated(kind: Any, adapter: Adapter) -> type[nn.Module]:
-    """The subclass of a block's class whose forward is the adapter's."""
+def _accelerated(kind: Any, own: Any, adapter: Adapter) -> type[nn.Module]:
+    """The subclass of a block's class, whose forward is ``own``, with the adapter's."""
     parameters = list(inspect.signature(kind.forward).parameters.values())[1:]
     names = [p.name for p in parameters if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
     defaults = {p.name: p.default for p in parameters}
@@ -314,11 +362,20 @@ def _accelerated(kind: Any, adapter: Adapter) -> type[nn.Module]:
         return adapter.forward(self, functools.partial(kind.forward, self, *args, **kwargs), *maps, **options)
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
-        state = kind.__reduce_ex__(self, max(2, protocol))[2]  # Python 3.10 has no object.__getstate__
-        return _blank, (kind, adapter), state  # a pickle names the block's own class
+        make, args, *rest = kind.__reduce_ex__(self, max(2, protocol))
+        if rest and rest[0] is not None:
+            return _blank, (kind, adapter), rest[0]  # a pickle names the block's own class
+        return _made, (kind if make is type(self) else make, args, adapter)  # which is made anew from its arguments
+
+    def __prepare_scriptable__(self: nn.Module) -> None:  # which torch.jit.script calls first
+        raise RuntimeError(
+            f"torch.jit.script: expected a model that is not accelerated, found an accelerated {kind.__name__};"
+            " call refinenet_fast.restore(model) before"
+        )
 
     named = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
-    return type(kind.__name__, (kind,), {**named, MARK: adapter, "forward": forward, "__reduce_ex__": __reduce_ex__})
+    methods = {f.__name__: f for f in (__reduce_ex__, __prepare_scriptable__)}
+    return type(kind.__name__, (kind,), {**named, **methods, MARK: adapter, REPLACED: (kind, own), "forward": forward})
 
 
 def _in_order(
@@ -335,8 +392,14 @@ def _in_order(
 
 
 def _blank(kind: Any, adapter: Adapter) -> nn.Module:
-    accelerated = _accelerated(kind, adapter)
+    accelerated = _accelerated(kind, kind.forward, adapter)
     return accelerated.__new__(accelerated)
+
+
+def _made(make: Callable[..., nn.Module], args: tuple[Any, ...], adapter: Adapter) -> nn.Module:
+    module = make(*args)
+    _replace(module, adapter)
+    return module
 
 
 def _nothing(model: nn.Module, places: list[_Place]) -> str:

@@ -22,16 +22,22 @@ from torch.autograd import forward_ad
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from refinenet_fast.blocks import Convolution, is_bare
-from refinenet_fast.ops import _check, crp, fuse, rcu_run
+from refinenet_fast.ops import _autocast, _check, crp, fuse, rcu_run
 from refinenet_fast.ops._autocast import autocast_dtype
 
 MARK = "refinenet_fast_adapter"  # the attribute by which the class of an accelerated block is known
+REPLACED = "refinenet_fast_replaced"  # its attribute with the block's own class and that one's forward
 SETTINGS = "_refinenet_fast_settings"  # that of the block itself with what it was when it was accelerated
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+_OF_EVERY_MODULE = frozenset({*dir(nn.Module()), SETTINGS})
+# As they are when this is imported: whoever patches them later is to be seen.
+_CONV2D = nn.Conv2d.forward, nn.Conv2d._conv_forward
+_BATCH_NORMS = _BatchNorm.forward, nn.SyncBatchNorm.forward
+_CONTAINERS, _SIMPLE = (list, tuple, dict), (bool, int, float, str)
 Forward = Callable[[], Tensor]
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 Parameters = tuple[Tensor, Tensor | None]  # (K, C, R, R); (K,)
-Settings = tuple[tuple[str, type | None, tuple[tuple[str, Any], ...]], ...]  # name, class, attributes of each module
+# Name and class of each module, the names of all its attributes, and those that are compared.
+Settings = tuple[tuple[str, type | None, frozenset[str], tuple[tuple[str, Any], ...]], ...]
 
 
 class Adapter(ABC):
@@ -68,11 +74,12 @@ class Adapter(ABC):
 
     @abstractmethod
     def trials(self, block: Any, data: Callable[..., Tensor]) -> list[Arguments]:
-        """Arguments to try the block with; ``data(n, c, h, w)`` makes a map."""
+        """Arguments to try the block with; ``data(4, c, h, w)`` makes a map, each image of another spread."""
 
     def forward(self, block: nn.Module, original: Forward, *args: Any, **kwargs: Any) -> Tensor:  # (N, C, H, W)
         """By the ops, or by ``original``, the block's own forward on these arguments, where they cannot."""
         covered = self.takes(block, *args, **kwargs) and not _is_transformed() and self.hindrance(block) is None
+        covered = covered and self._goes_with(block, *args)
         y = self.fused(block, *args, **kwargs) if covered else None
         return original() if y is None else y
 
@@ -87,11 +94,37 @@ class Adapter(ABC):
                 if part.training or part.running_mean is None:
                     return "batch norm in training, or without statistics"
             elif not is_plain(part):
+                if (nn.Conv2d.forward, nn.Conv2d._conv_forward) != _CONV2D:
+                    return "the forward of nn.Conv2d has been replaced, for all convolutions"
                 return f"expected plain 3x3 or 1x1 convolutions that keep the size, got {part}"
         for name, child in block.named_modules():
+            if _is_patched(type(child)):
+                return f"the forward of the class {type(child).__name__} has been replaced since"
             if child is not block and not is_bare(child):
                 return f"{name!r} has hooks, another forward or is compiled by itself; its own forward would not run"
         return _change(block)
+
+    def _goes_with(self, block: nn.Module, *maps: Tensor | None) -> bool:  # each (N, C, H, W)
+        """Whether autocast leaves parameters that an op takes beside these maps: of the maps' dtype, or float32.
+
+        Autocast casts parameters of another 16-bit type for PyTorch's convolutions, not for the ops.
+        """
+        x = next((x for x in maps if x is not None), None)
+        if x is None or not _autocast.is_on(x.device.type):
+            return x is not None  # then they have the maps' dtype, or the block's own forward would raise as well
+        taken = (autocast_dtype(x), torch.float32)
+        return all(
+            p is None or p.dtype in taken
+            for part in self.parts(block)
+            for p in (part.parameters() if part._modules else part._parameters.values())  # _modules: parametrized
+        )
+
+    def note(self, block: nn.Module) -> str | None:
+        """What an accelerated block does no longer, beside what it computes."""
+        units = [getattr(type(module), MARK, None) for module in block.modules()]
+        if not any(isinstance(unit, Unit) and unit.skip == "relu" for unit in units):
+            return None
+        return "its ReLU worked in place and overwrote a map it was given, which now stays as it is"
 
     def settings(self, block: nn.Module) -> Settings:
         """What decides, beside its parts, what a block computes: activations, flags, factors."""
@@ -99,7 +132,7 @@ class Adapter(ABC):
         others = [entry for entry in block.named_modules(remove_duplicate=False) if entry[1] not in parts]
         ours = [module is block or hasattr(type(module), MARK) for _, module in others]  # classes that we change
         return tuple(
-            (name, None if known else type(module), tuple(_attributes(module)))
+            (name, None if known else type(module), frozenset({*vars(module), SETTINGS}), tuple(_attributes(module)))
             for (name, module), known in zip(others, ours, strict=True)
         )
 
@@ -122,8 +155,14 @@ def is_plain(conv: nn.Module) -> bool:
     if not isinstance(conv, nn.Conv2d) or not Convolution.covers(conv) or "_conv_forward" in conv.__dict__:
         return False
     kind: Any = type(conv)
-    ours = isinstance(getattr(kind, MARK, None), Plain)
-    return (ours or kind.forward is nn.Conv2d.forward) and kind._conv_forward is nn.Conv2d._conv_forward
+    forward = nn.Conv2d.forward if isinstance(getattr(kind, MARK, None), Plain) else kind.forward
+    return forward is _CONV2D[0] and kind._conv_forward is _CONV2D[1]
+
+
+def _is_patched(kind: Any) -> bool:
+    """Whether a class that we accelerated had another forward then."""
+    replaced = getattr(kind, REPLACED, None)
+    return replaced is not None and replaced[0].forward is not replaced[1]
 
 
 def _keeps_channels(conv: nn.Module) -> bool:
@@ -133,35 +172,54 @@ def _keeps_channels(conv: nn.Module) -> bool:
 
 def _is_norm(module: nn.Module) -> TypeGuard[_BatchNorm]:
     """Whether it is a batch norm and nothing more, as some with an activation inside are."""
-    return isinstance(module, _BatchNorm) and type(module).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+    return isinstance(module, _BatchNorm) and type(module).forward in _BATCH_NORMS
 
 
 def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Those of its own that can decide what it computes, with their values."""
+    """Those of its own that can decide what it computes, with their contents."""
     for name, value in vars(module).items():
-        simple = value is None or isinstance(value, bool | int | float | str) or callable(value)
-        if simple and name not in _OF_EVERY_MODULE and not name.startswith("__"):
+        if name not in _OF_EVERY_MODULE and not name.startswith("__"):
             yield name, _contents(value)
 
 
 def _contents(value: Any) -> Any:
-    """``value``, or what a partial function consists of: these have no equality, and under Dynamo no identity."""
+    """``value``, or what it consists of: a list changes and stays the same one; partial functions have no equality, and
+    under Dynamo no identity."""
     if isinstance(value, functools.partial):
         return value.func, value.args, tuple(value.keywords.items())
+    if isinstance(value, _CONTAINERS):
+        entries = list(value.items()) if isinstance(value, dict) else value
+        return tuple([_contents(entry) for entry in entries])
     return value
+
+
+def _is_other(value: Any, then: Any) -> bool:
+    """Whether ``value`` has other contents; of what has no equality to rely on, whether it is another."""
+    if value is then:
+        return False
+    now = _contents(value)
+    if type(now) is not type(then):
+        return True
+    if isinstance(now, tuple):
+        return len(now) != len(then) or any(_is_other(a, b) for a, b in zip(now, then, strict=True))
+    return now is not then and (not (isinstance(now, _SIMPLE) or callable(now)) or now != then)
 
 
 def _change(block: nn.Module) -> str | None:
     """What is no longer as it was when the block was accelerated, if anything is."""
-    modules = dict(block.named_modules(remove_duplicate=False))
-    for name, kind, attributes in getattr(block, SETTINGS, ()):
+    settings = getattr(block, SETTINGS, ())
+    modules = dict(block.named_modules(remove_duplicate=False)) if settings else {}
+    for name, kind, known, attributes in settings:
         module = modules.get(name)
         if module is None or (kind is not None and type(module) is not kind):
             return f"{name!r} has been replaced since; restore and accelerate again"
-        for attribute, then in attributes:
-            now = _contents(getattr(module, attribute, None))
-            if now is not then and (type(now) is not type(then) or now != then):
-                which = f"{name}.{attribute}" if name else attribute
+        own = vars(module)
+        changed = [attribute for attribute, then in attributes if _is_other(own.get(attribute, ...), then)]
+        if not own.keys() <= known:
+            changed += [attribute for attribute, _ in _attributes(module) if attribute not in known]
+        for attribute in changed:
+            if attribute in known or not attribute.startswith("_") or hasattr(type(module), attribute):
+                which = f"{name}.{attribute}" if name else attribute  # else a mark of some library's, read by itself
                 return f"{which!r} has been changed since; restore and accelerate again"
     return None
 
@@ -187,10 +245,18 @@ def _is_size(value: Any) -> bool:
 
 def _is_transformed() -> bool:
     """Whether torch.func, forward-mode derivatives or torch.jit.trace, which the ops do not know, are at work."""
-    if torch.compiler.is_dynamo_compiling():
-        return False
-    transformed = torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
-    return transformed or torch.jit.is_tracing()
+    if _is_in_functorch() or forward_ad._current_level >= 0:
+        return True
+    return not torch.compiler.is_dynamo_compiling() and torch.jit.is_tracing()
+
+
+def _is_in_functorch() -> bool:
+    return torch._C._functorch.maybe_current_level() is not None
+
+
+# Dynamo cannot trace the call, but is within torch.func as well, and guards on that. torch.compiler's decorator, which
+# does this, would import Dynamo with this module.
+_is_in_functorch._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _summed_dtype(*maps: Tensor | None) -> torch.dtype:
@@ -254,7 +320,7 @@ class Unit(Adapter):
         return rcu_run(x, [self.parameters(block)], self.skip).to(_summed_dtype(x))
 
     def trials(self, block: Any, data: Callable[..., Tensor]) -> list[Arguments]:
-        return [((data(2, self._convs(block)[0].in_channels, 5, 6),), {})]
+        return [((data(4, self._convs(block)[0].in_channels, 5, 6),), {})]
 
 
 @dataclass(frozen=True)
@@ -284,7 +350,7 @@ class Units(Adapter):
         return rcu_run(x, units).to(_summed_dtype(x))
 
     def trials(self, block: Any, data: Callable[..., Tensor]) -> list[Arguments]:
-        return [((data(2, self._convs(block)[0][0].in_channels, 5, 6),), {})]
+        return [((data(4, self._convs(block)[0][0].in_channels, 5, 6),), {})]
 
 
 @dataclass(frozen=True)
@@ -322,7 +388,7 @@ class Pooling(Adapter):
         return y.to(_summed_dtype(x))
 
     def trials(self, block: Any, data: Callable[..., Tensor]) -> list[Arguments]:
-        return [((data(2, self._convs(block)[0].in_channels, 9, 8),), {})]
+        return [((data(4, self._convs(block)[0].in_channels, 9, 8),), {})]
 
 
 @dataclass(frozen=True)
@@ -366,6 +432,8 @@ class Fusion(Adapter):
         for unit, adapter in self._units(block):
             yield from adapter.parts(unit)
         projection = getattr(block, self.projection, None)
+        if getattr(projection, "kernel_size", None) == (3, 3):  # which the ops can run, but not before the upsampling
+            raise AttributeError(f"expected a 1x1 convolution as {self.projection!r}, got {projection}")
         if projection is not None:
             yield projection
 
@@ -420,14 +488,14 @@ class Fusion(Adapter):
         corners = getattr(block, "align_corners", True)
         if projection is not None:
             return fuse([t], [projection.weight], [projection.bias], size=size, align_corners=corners)
-        if torch.is_autocast_enabled(t.device.type):  # whose rules for upsampling are its own, and the device's
+        if _autocast.is_on(t.device.type):  # whose rules for upsampling are its own, and the device's
             return F.interpolate(t, tuple(size), mode="bilinear", align_corners=corners)
         return fuse([t], [None], size=size, align_corners=corners)
 
     def trials(self, block: Any, data: Callable[..., Tensor]) -> list[Arguments]:
         unit, adapter = self._units(block)[-1]
         channels = next(adapter.parts(unit)).in_channels
-        x, skip, odd = (data(2, channels, *size) for size in ((5, 6), (5, 6), (4, 7)))
+        x, skip, odd = (data(4, channels, *size) for size in ((5, 6), (5, 6), (4, 7)))
         calls: list[Arguments] = [((x,), {})]
         if len(self._units(block)) == 2:
             calls.append(((x, skip), {}))
@@ -454,7 +522,7 @@ class Plain(Adapter):
         return fuse([x], [block.weight], [block.bias])
 
     def trials(self, block: Any, data: Callable[..., Tensor]) -> list[Arguments]:
-        return [((data(2, block.in_channels, 5, 6),), {})]
+        return [((data(4, block.in_channels, 5, 6),), {})]
 
 
 # Pattern of the class's name, adapter; the first that stands its trial is taken.

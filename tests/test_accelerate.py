@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import pickle
+import random
 import re
 import threading
 import warnings
+from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -338,6 +341,17 @@ class CRPBlock_of_pyramids(ports.CRPBlock):
 CRPBlock_of_pyramids.__name__ = "CRPBlock"
 
 
+class ResidualConvUnit_of_a_tensor(ports.ResidualConvUnit):
+    """Which can be changed in place at any time, unseen."""
+
+    def __init__(self) -> None:
+        super().__init__(8, nn.ReLU())
+        self.factor = torch.ones(())
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W), both
+        return x + self.factor * (super().forward(x) - x)
+
+
 def grouped(unit: nn.Module) -> nn.Module:
     unit.conv2 = nn.Conv2d(8, 8, 3, padding=1, groups=2)
     return unit
@@ -357,11 +371,15 @@ LOOKALIKES = {
     "another sum": (lambda: ResidualConvUnit_other(8, nn.ReLU()), "not that of rcu: it differs by"),
     "another activation": (lambda: ports.ResidualConvUnit(8, nn.GELU()), "not that of rcu: it differs by"),
     "an activation with a ceiling": (lambda: ports.ResidualConvUnit(8, nn.ReLU6()), "not that of rcu: it differs by"),
-    "dropout": (lambda: ResidualConvUnit_dropping(8, nn.ReLU()), "in training, on a small input .* not that of rcu"),
+    "smooth about zero": (lambda: ports.ResidualConvUnit(8, nn.Softplus(20)), "not that of rcu: it differs by"),
+    "smooth, but less": (lambda: ports.ResidualConvUnit(8, nn.Softplus(200)), "not that of rcu: it differs by"),
+    "a high ceiling": (lambda: ports.ResidualConvUnit(8, nn.Hardtanh(0, 1e3)), "not that of rcu: it differs by"),
+    "dropout": (lambda: ResidualConvUnit_dropping(8, nn.ReLU()), "in training, it draws random numbers"),
     "other attributes": (CRPBlock_of_pyramids, "the ops cannot run its parts: .*list"),
     "grouped": (lambda: grouped(ports.ResidualConvUnit(8, nn.ReLU())), "expected plain 3x3 or 1x1 .*groups=2"),
     "adapted": (lambda: adapted(ports.ResidualConvUnit(8, nn.ReLU())), "expected plain 3x3 or 1x1 .*ScaledConv"),
     "no parts": (lambda: bare(ports.ResidualConvUnit(8, nn.ReLU())), "parts that its class should have: .*conv2"),
+    "a tensor": (ResidualConvUnit_of_a_tensor, "neither a parameter nor a buffer, 'factor'"),
     "three stages": (lambda: ports.RCUBlock(8, 1, n_stages=3), "expected 2 convolutions a unit .*, got 3"),
     "wider upsampling": (lambda: ports.FeatureFusionBlock_custom(8, width_ratio=1.5), "not that of rcu, fuse: it"),
 }
@@ -410,11 +428,27 @@ def test_what_is_the_default_elsewhere_decides_no_trial(name, value, before):
     assert replaced(unit) == {"": "rcu"}
 
 
-def test_a_trial_takes_no_step_of_the_random_generator():
-    unit = randomised(ResidualConvUnit_dropping(8, nn.ReLU()))
-    state = torch.get_rng_state()
-    assert replaced(unit)[""] is None
-    assert torch.equal(torch.get_rng_state(), state)
+class ResidualConvUnit_skipping(ports.ResidualConvUnit):
+    """Stochastic depth: almost always it computes what the others do."""
+
+    def __init__(self, draw: Callable[[], float]) -> None:
+        super().__init__(8, nn.ReLU())
+        self.draw = draw
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W), both
+        return x if self.training and self.draw() < 1e-9 else super().forward(x)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("draw", [lambda: torch.rand(()).item(), random.random, lambda: np.random.rand()])
+def test_what_draws_random_numbers_is_left_alone_whatever_the_seed(draw, seed):
+    """And takes no step of the caller's generators: ranks of one training would disagree."""
+    unit = randomised(ResidualConvUnit_skipping(draw))
+    torch.manual_seed(seed), random.seed(seed), np.random.seed(seed)
+    want = draw()
+    torch.manual_seed(seed), random.seed(seed), np.random.seed(seed)
+    assert [row.reason for row in explain(unit)] == ["in training, it draws random numbers"]
+    assert draw() == want
 
 
 def test_what_is_exported():

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import ports
 from ports import image, randomised
-from refinenet_fast import accelerate, restore
+from refinenet_fast import accelerate, explain, restore
 from refinenet_fast.testing import relative_l2
 
 
@@ -99,11 +99,37 @@ def test_a_convolution_called_by_name():
     assert torch.equal(model[1](input=X), model[1](X))
 
 
+@pytest.mark.parametrize("build", [unit, lambda: randomised(ports.FeatureFusionBlock(8))])
+def test_errors_about_no_map_are_the_blocks_own(build):
+    model = accelerate(build())
+    with pytest.raises(Exception) as ours:
+        model(None)
+    with pytest.raises(Exception) as theirs:
+        restore(model)(None)
+    assert (ours.type, str(ours.value)) == (theirs.type, str(theirs.value))
+
+
 def test_more_maps_than_a_fusion_has_are_the_blocks_own():
     """MiDaS' block looks at a skip only where it is given two maps."""
     model = accelerate(randomised(ports.FeatureFusionBlock(8)))
     got = model(X, SKIP, SKIP)
     assert relative_l2(got, restore(model)(X.clone(), SKIP, SKIP)) < 1e-6
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+def test_an_input_that_is_no_longer_overwritten_is_noted(inplace):
+    """Who reads the skip again after the block gets what it was."""
+    model = randomised(ports.FeatureFusionBlock_custom(8, inplace=inplace))
+    fast, skip = accelerate(model, copy=True), SKIP.clone()
+    fast(X.clone(), skip)
+    assert torch.equal(skip, SKIP)
+    model(X.clone(), skip)
+    assert torch.equal(skip, F.relu(SKIP) if inplace else SKIP)
+    notes = {row.name: row.note for row in explain(fast)}
+    assert set(notes) == {"", "resConfUnit1", "resConfUnit2"}
+    for note in notes.values():
+        assert ("overwrote a map it was given" in note) if inplace else note is None
+    assert {row.note for row in explain(model)} == {None}
 
 
 TRANSFORMS = {
@@ -129,6 +155,40 @@ def test_what_transforms_a_forward_sees_the_blocks_own(transform):
     assert relative_l2(got, TRANSFORMS[transform](restore(model), X)) < 1e-6
 
 
+@pytest.mark.parametrize("build", [NamedPreActResidualLayer, lambda: nn.Conv2d(8, 8, 3, padding=1)])
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script. is deprecated")
+def test_scripting_says_what_to_do_first(build):
+    """TorchScript reads the source of a forward, and there is none that says what an accelerated block computes."""
+    model = accelerate(nn.Sequential(build(), unit()))
+    with pytest.raises(RuntimeError, match=r"torch.jit.script: .* accelerated .*call refinenet_fast.restore\(model\)"):
+        torch.jit.script(model[0])
+    with pytest.raises(RuntimeError, match="restore"):
+        torch.jit.script(nn.Sequential(model[0]))
+    assert torch.equal(torch.jit.script(restore(model)[0])(X), model[0](X))
+
+
+COMPILED = {
+    "vmap": lambda f, x: torch.compile(torch.vmap(f), backend="eager")(x[None]),
+    "vmap of what is compiled": lambda f, x: torch.vmap(torch.compile(f, backend="eager"))(x[None]),
+    "jvp": lambda f, x: torch.compile(lambda x: torch.func.jvp(f, (x,), (x,))[1], backend="eager")(x),
+    "grad": lambda f, x: torch.compile(torch.func.grad(lambda x: f(x).square().sum()), backend="eager")(x),
+    "forward mode": lambda f, x: torch.compile(forward_mode, backend="eager")(f, x),
+}
+
+
+@pytest.mark.parametrize("transform", COMPILED)
+def test_compiled_and_transformed(transform):
+    """What is compiled before, or afterwards, without the transform runs the ops."""
+    model = accelerate(nn.Sequential(randomised(NamedPreActResidualLayer()), nn.Conv2d(8, 8, 3, padding=1)))
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert op_ran(compiled, X)
+    got = COMPILED[transform](model, X)
+    assert op_ran(compiled, X)
+    torch._dynamo.reset()
+    assert relative_l2(got, COMPILED[transform](restore(model), X)) < 1e-6
+
+
 BLOCKS = {
     "unit": lambda: ports.ResidualConvUnit_custom(8, nn.ReLU()),
     "units": lambda: ports.RCUBlock(8, 2),
@@ -150,3 +210,29 @@ def test_the_dtype_under_autocast_is_the_blocks_own(name, given):
         assert op_ran(fast, X.to(given))
     assert ours.dtype == theirs.dtype
     assert relative_l2(ours, theirs) < 2e-2
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("given", [torch.float32, torch.float16])
+def test_under_autocast_parameters_of_another_16_bit_type_are_the_blocks_own(name, given):
+    """PyTorch casts those, too."""
+    model = randomised(BLOCKS[name]()).half()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = accelerate(model, copy=True)(X.to(given))
+        assert torch.equal(ours, model(X.to(given)))
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_under_autocast_errors_about_float64_are_the_blocks_own(name):
+    model = accelerate(randomised(BLOCKS[name]()).double())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with pytest.raises(RuntimeError) as ours:
+            model(X)
+        with pytest.raises(RuntimeError) as theirs:
+            restore(model)(X)
+    assert str(ours.value) == str(theirs.value)
+
+
+def test_on_a_device_without_autocast():
+    model = accelerate(randomised(ports.FeatureFusionBlock(8))).to("meta")
+    assert model(X.to("meta")).shape == (1, 8, 12, 8)

@@ -7,6 +7,7 @@ import functools
 import pickle
 import re
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,6 +32,23 @@ class ResidualConvUnit_of_a_function(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W), both
         return x + self.factor * self.conv2(self.activation(self.conv1(self.activation(x))))
+
+
+class ResidualConvUnit_of_attributes(ports.ResidualConvUnit):
+    """What it computes is decided by its class, by methods and by a list."""
+
+    factor = 1.0
+
+    def __init__(self) -> None:
+        super().__init__(8, nn.ReLU())
+        self.factors, self.options = [1.0, (1.0,)], {"factor": 1.0}
+        self.config = SimpleNamespace(factor=1.0)
+
+    def scaled(self, x: Tensor) -> Tensor:  # (N, C, H, W), both
+        return self.factor * self.factors[0] * self.factors[1][0] * self.options["factor"] * self.config.factor * x
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W), both
+        return x + getattr(self, "scale", 1.0) * self.scaled(super().forward(x) - x)
 
 
 class Wrapper(nn.Module):
@@ -84,6 +102,10 @@ def of_a_function(f: Callable[[Tensor], Tensor] = F.relu) -> nn.Module:
     return ResidualConvUnit_of_a_function(f)
 
 
+def attributes() -> nn.Module:
+    return ResidualConvUnit_of_attributes()
+
+
 def with_convolution() -> nn.Module:
     return nn.Sequential(of_a_unit(), nn.Conv2d(8, 8, 3, padding=1))
 
@@ -97,6 +119,13 @@ CHANGES = {
         "'activation' .* changed",
     ),
     "another factor": (of_a_function, lambda m: setattr(m, "factor", 0.5), "'factor' .* changed"),
+    "an attribute that hides the class's": (attributes, lambda m: setattr(m, "factor", 0.5), "'factor' .* changed"),
+    "a method": (attributes, lambda m: setattr(m, "scaled", lambda x: 0.5 * x), "'scaled' .* changed"),
+    "a new attribute": (attributes, lambda m: setattr(m, "scale", 0.5), "'scale' .* changed"),
+    "a list's entry": (attributes, lambda m: m.factors.__setitem__(0, 0.5), "'factors' .* changed"),
+    "a tuple in a list": (attributes, lambda m: m.factors.__setitem__(1, (0.5,)), "'factors' .* changed"),
+    "a dict's entry": (attributes, lambda m: m.options.update(factor=0.5), "'options' .* changed"),
+    "another object": (attributes, lambda m: setattr(m, "config", SimpleNamespace(factor=0.5)), "'config' .* changed"),
     "no longer in place": (in_place, no_longer_in_place, "'activation.inplace' .* changed"),
     "in a fusion, no longer in place": (
         lambda: ports.FeatureFusionBlock_custom(8, inplace=True),
@@ -107,6 +136,11 @@ CHANGES = {
         lambda: ports.FeatureFusionBlock_custom(8),
         lambda m: setattr(m, "resConfUnit2", Wrapper(m.resConfUnit2)),
         "units are left alone",
+    ),
+    "in a fusion, a wider projection": (
+        lambda: ports.FeatureFusionBlock_custom(8),
+        lambda m: setattr(m, "out_conv", randomised(ports.conv3x3(8, True))),
+        "expected a 1x1 convolution as 'out_conv'",
     ),
     "a batch norm with an activation": (
         lambda: of_a_unit(bn=True), lambda m: setattr(m, "bn1", randomised(BatchNormAct(8))), "got BatchNormAct",
@@ -132,6 +166,75 @@ def test_a_change_brings_the_own_forward_back(case):
     assert re.search(reason, why)
 
 
+def test_marks_that_libraries_leave_change_nothing():
+    """As replicas of ``DataParallel`` and sharded modules have them."""
+    model = accelerate(randomised(attributes()))
+    model._is_replica, model.activation._is_sharded = True, True
+    assert [row.reason for row in explain(model)] == [None]
+
+
+@pytest.mark.parametrize("change", [{"factor": 0.5}, {"factors": [0.5, (1.0,)]}, {"scale": 0.5}])
+def test_attributes_changed_after_compiling(change):
+    model = accelerate(randomised(attributes()))
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    compiled(X)
+    vars(model).update(change)
+    assert relative_l2(compiled(X), restore(model)(X)) < 1e-6
+
+
+def other(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda *args: 2 * forward(*args)
+
+
+PATCHES = {  # model, class and name of the function, reason
+    "a unit's": (of_a_unit, ports.ResidualConvUnit, "forward", "class ResidualConvUnit has been replaced"),
+    "a unit's in a fusion": (
+        lambda: ports.FeatureFusionBlock_custom(8), ports.ResidualConvUnit, "forward", "class ResidualConvUnit_custom",
+    ),
+    "a fusion's": (
+        lambda: ports.FeatureFusionBlock_custom(8), ports.FeatureFusionBlock_custom, "forward", "FeatureFusionBlock_cu",
+    ),
+    "all convolutions'": (with_convolution, nn.Conv2d, "forward", "nn.Conv2d has been replaced"),
+    "all convolutions' inside": (with_convolution, nn.Conv2d, "_conv_forward", "nn.Conv2d has been replaced"),
+    "all batch norms'": (
+        lambda: of_a_unit(bn=True), nn.modules.batchnorm._BatchNorm, "forward", "got BatchNorm2d",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", PATCHES)
+def test_a_patched_class_brings_the_own_forward_back(case, monkeypatch):
+    build, kind, name, reason = PATCHES[case]
+    model = accelerate(randomised(build()))
+    before = model(X)
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, name, other(getattr(kind, name)))
+        got, why = model(X), "; ".join(str(row.reason) for row in explain(model))
+        want = restore(copy.deepcopy(model))(X)
+    assert relative_l2(want, before) > 1e-3
+    assert relative_l2(got, want) < 1e-6
+    assert re.search(reason, why)
+    assert torch.equal(model(X), before)  # and undone, the ops run again
+
+
+def test_a_patched_class_accelerated_again(monkeypatch):
+    """With another forward that computes the same."""
+    model = accelerate(randomised(of_a_unit()))
+    forward = ports.ResidualConvUnit.forward
+    monkeypatch.setattr(ports.ResidualConvUnit, "forward", lambda self, x: forward(self, x))
+    assert "class ResidualConvUnit" in explain(model)[0].reason
+    assert explain(accelerate(restore(model)))[0].reason is None
+    assert explain(pickle.loads(pickle.dumps(model)))[0].reason is None
+
+
+def test_a_class_patched_after_compiling(monkeypatch):
+    model = accelerate(randomised(of_a_unit()))
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    compiled(X)
+    monkeypatch.setattr(ports.ResidualConvUnit, "forward", other(ports.ResidualConvUnit.forward))
+    assert relative_l2(compiled(X), restore(model)(X)) < 1e-6
+
+
 def test_restored_and_accelerated_again_a_change_is_tried():
     model = accelerate(randomised(in_place()))
     no_longer_in_place(model)
@@ -140,9 +243,38 @@ def test_restored_and_accelerated_again_a_change_is_tried():
     assert relative_l2(model(X), restore(model)(X)) < 1e-6
 
 
-@pytest.mark.parametrize("f", [F.relu, functools.partial(F.relu, inplace=False)])
-def test_functions_are_recognised_in_copies_pickles_and_compiled(f):
-    model = accelerate(randomised(of_a_function(f)))
+class ResidualConvUnit_made_anew(ports.ResidualConvUnit):
+    """Its pickles and copies hold what it is made from, and no state."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__(features, nn.ReLU())
+        randomised(self)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.conv1.in_channels,)
+
+
+class ResidualConvUnit_made_by_name(ResidualConvUnit_made_anew):
+    def __reduce__(self) -> tuple[object, ...]:
+        return ResidualConvUnit_made_by_name, (self.conv1.in_channels,), None
+
+
+@pytest.mark.parametrize("kind", [ResidualConvUnit_made_anew, ResidualConvUnit_made_by_name])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_and_pickles_of_a_block_without_a_state(kind, copied):
+    model = accelerate(kind(8))
+    other = copied(model)
+    assert [(row.op, row.reason) for row in explain(other)] == [("rcu", None)]
+    assert torch.equal(other(X), model(X))
+    assert type(restore(other)) is kind and type(restore(copied(other))) is kind
+    assert type(restore(model)) is kind
+
+
+@pytest.mark.parametrize(
+    "build", [of_a_function, lambda: of_a_function(functools.partial(F.relu, inplace=False)), attributes]
+)
+def test_attributes_are_recognised_in_copies_pickles_and_compiled(build):
+    model = accelerate(randomised(build()))
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert [row.reason for row in explain(other)] == [None]
         assert torch.equal(other(X), model(X))

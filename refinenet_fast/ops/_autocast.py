@@ -6,10 +6,15 @@ import torch
 from torch import Tensor
 
 
+def is_on(kind: str) -> bool:
+    """Whether autocast is on for a type of device, one that may have none."""
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype that ``x`` is computed in: autocast's where that is on for its device, float64 excepted."""
     kind = x.device.type
-    if x.dtype != torch.float64 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if x.dtype != torch.float64 and is_on(kind):
         return torch.get_autocast_dtype(kind)
     return x.dtype
 
