@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from refinenet_fast import blocks
-from refinenet_fast.adapters import ADAPTERS, MARK, REPLACED, SETTINGS, Adapter, Plain, is_plain
+from refinenet_fast.adapters import ADAPTERS, Adapter, Plain, is_plain
+from refinenet_fast.alterations import MARK, REPLACED, SETTINGS
 from refinenet_fast.backends import use_backend
 from refinenet_fast.ops import _check
 
@@ -69,9 +70,9 @@ def accelerate(model: Model, *, copy: bool = False) -> Model:
     batch norm, where hooks sit on its children, where its activation or another part has been changed since, under
     ``torch.func``, forward-mode derivatives and ``torch.jit.trace``, and for arguments that are not those of the ops
     (Prompt Depth Anything's fusions: for a prompt). Gradients of gradients raise, as does ``torch.jit.script``:
-    :func:`restore` the model before. Results are in ``channels_last`` memory. A block whose ReLU works in place no longer
-    overwrites its input: who reads that again after the block, and counts on ReLU, gets another result (:func:`explain`
-    notes these blocks).
+    :func:`restore` the model before. Results are in ``channels_last`` memory. A block whose ReLU works in place no
+    longer overwrites its input: who reads that again after the block, and counts on ReLU, gets another result
+    (:func:`explain` notes these blocks).
 
     Args:
         model: Any module; changed in place, unless

@@ -18,26 +18,19 @@ from typing import Any, ClassVar, TypeGuard
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from refinenet_fast.alterations import MARK, SETTINGS, Settings, attributes, change, is_patched, is_transformed
 from refinenet_fast.blocks import Convolution, is_bare
 from refinenet_fast.ops import _autocast, _check, crp, fuse, rcu_run
 from refinenet_fast.ops._autocast import autocast_dtype
 
-MARK = "refinenet_fast_adapter"  # the attribute by which the class of an accelerated block is known
-REPLACED = "refinenet_fast_replaced"  # its attribute with the block's own class and that one's forward
-SETTINGS = "_refinenet_fast_settings"  # that of the block itself with what it was when it was accelerated
-_OF_EVERY_MODULE = frozenset({*dir(nn.Module()), SETTINGS})
 # As they are when this is imported: whoever patches them later is to be seen.
 _CONV2D = nn.Conv2d.forward, nn.Conv2d._conv_forward
 _BATCH_NORMS = _BatchNorm.forward, nn.SyncBatchNorm.forward
-_CONTAINERS, _SIMPLE = (list, tuple, dict), (bool, int, float, str)
 Forward = Callable[[], Tensor]
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 Parameters = tuple[Tensor, Tensor | None]  # (K, C, R, R); (K,)
-# Name and class of each module, the names of all its attributes, and those that are compared.
-Settings = tuple[tuple[str, type | None, frozenset[str], tuple[tuple[str, Any], ...]], ...]
 
 
 class Adapter(ABC):
@@ -78,7 +71,7 @@ class Adapter(ABC):
 
     def forward(self, block: nn.Module, original: Forward, *args: Any, **kwargs: Any) -> Tensor:  # (N, C, H, W)
         """By the ops, or by ``original``, the block's own forward on these arguments, where they cannot."""
-        covered = self.takes(block, *args, **kwargs) and not _is_transformed() and self.hindrance(block) is None
+        covered = self.takes(block, *args, **kwargs) and not is_transformed() and self.hindrance(block) is None
         covered = covered and self._goes_with(block, *args)
         y = self.fused(block, *args, **kwargs) if covered else None
         return original() if y is None else y
@@ -98,11 +91,11 @@ class Adapter(ABC):
                     return "the forward of nn.Conv2d has been replaced, for all convolutions"
                 return f"expected plain 3x3 or 1x1 convolutions that keep the size, got {part}"
         for name, child in block.named_modules():
-            if _is_patched(type(child)):
+            if is_patched(type(child)):
                 return f"the forward of the class {type(child).__name__} has been replaced since"
             if child is not block and not is_bare(child):
                 return f"{name!r} has hooks, another forward or is compiled by itself; its own forward would not run"
-        return _change(block)
+        return change(block)
 
     def _goes_with(self, block: nn.Module, *maps: Tensor | None) -> bool:  # each (N, C, H, W)
         """Whether autocast leaves parameters that an op takes beside these maps: of the maps' dtype, or float32.
@@ -132,7 +125,7 @@ class Adapter(ABC):
         others = [entry for entry in block.named_modules(remove_duplicate=False) if entry[1] not in parts]
         ours = [module is block or hasattr(type(module), MARK) for _, module in others]  # classes that we change
         return tuple(
-            (name, None if known else type(module), frozenset({*vars(module), SETTINGS}), tuple(_attributes(module)))
+            (name, None if known else type(module), frozenset({*vars(module), SETTINGS}), tuple(attributes(module)))
             for (name, module), known in zip(others, ours, strict=True)
         )
 
@@ -159,12 +152,6 @@ def is_plain(conv: nn.Module) -> bool:
     return forward is _CONV2D[0] and kind._conv_forward is _CONV2D[1]
 
 
-def _is_patched(kind: Any) -> bool:
-    """Whether a class that we accelerated had another forward then."""
-    replaced = getattr(kind, REPLACED, None)
-    return replaced is not None and replaced[0].forward is not replaced[1]
-
-
 def _keeps_channels(conv: nn.Module) -> bool:
     square = isinstance(conv, nn.Conv2d) and conv.in_channels == conv.out_channels
     return square and conv.kernel_size == (3, 3)
@@ -173,55 +160,6 @@ def _keeps_channels(conv: nn.Module) -> bool:
 def _is_norm(module: nn.Module) -> TypeGuard[_BatchNorm]:
     """Whether it is a batch norm and nothing more, as some with an activation inside are."""
     return isinstance(module, _BatchNorm) and type(module).forward in _BATCH_NORMS
-
-
-def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Those of its own that can decide what it computes, with their contents."""
-    for name, value in vars(module).items():
-        if name not in _OF_EVERY_MODULE and not name.startswith("__"):
-            yield name, _contents(value)
-
-
-def _contents(value: Any) -> Any:
-    """``value``, or what it consists of: a list changes and stays the same one; partial functions have no equality, and
-    under Dynamo no identity."""
-    if isinstance(value, functools.partial):
-        return value.func, value.args, tuple(value.keywords.items())
-    if isinstance(value, _CONTAINERS):
-        entries = list(value.items()) if isinstance(value, dict) else value
-        return tuple([_contents(entry) for entry in entries])
-    return value
-
-
-def _is_other(value: Any, then: Any) -> bool:
-    """Whether ``value`` has other contents; of what has no equality to rely on, whether it is another."""
-    if value is then:
-        return False
-    now = _contents(value)
-    if type(now) is not type(then):
-        return True
-    if isinstance(now, tuple):
-        return len(now) != len(then) or any(_is_other(a, b) for a, b in zip(now, then, strict=True))
-    return now is not then and (not (isinstance(now, _SIMPLE) or callable(now)) or now != then)
-
-
-def _change(block: nn.Module) -> str | None:
-    """What is no longer as it was when the block was accelerated, if anything is."""
-    settings = getattr(block, SETTINGS, ())
-    modules = dict(block.named_modules(remove_duplicate=False)) if settings else {}
-    for name, kind, known, attributes in settings:
-        module = modules.get(name)
-        if module is None or (kind is not None and type(module) is not kind):
-            return f"{name!r} has been replaced since; restore and accelerate again"
-        own = vars(module)
-        changed = [attribute for attribute, then in attributes if _is_other(own.get(attribute, ...), then)]
-        if not own.keys() <= known:
-            changed += [attribute for attribute, _ in _attributes(module) if attribute not in known]
-        for attribute in changed:
-            if attribute in known or not attribute.startswith("_") or hasattr(type(module), attribute):
-                which = f"{name}.{attribute}" if name else attribute  # else a mark of some library's, read by itself
-                return f"{which!r} has been changed since; restore and accelerate again"
-    return None
 
 
 def _are_maps(*maps: Any) -> bool:
@@ -241,22 +179,6 @@ def _is_size(value: Any) -> bool:
     except (TypeError, ValueError):
         return False
     return True
-
-
-def _is_transformed() -> bool:
-    """Whether torch.func, forward-mode derivatives or torch.jit.trace, which the ops do not know, are at work."""
-    if _is_in_functorch() or forward_ad._current_level >= 0:
-        return True
-    return not torch.compiler.is_dynamo_compiling() and torch.jit.is_tracing()
-
-
-def _is_in_functorch() -> bool:
-    return torch._C._functorch.maybe_current_level() is not None
-
-
-# Dynamo cannot trace the call, but is within torch.func as well, and guards on that. torch.compiler's decorator, which
-# does this, would import Dynamo with this module.
-_is_in_functorch._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _summed_dtype(*maps: Tensor | None) -> torch.dtype:

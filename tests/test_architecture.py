@@ -20,7 +20,7 @@ LAYERS = (
     {"__init__"},
     {"exporting"},
     {"model", "published", "folding", "accelerate"},
-    {"variants", "trunks", "initialise", "adapters"},
+    {"variants", "trunks", "initialise", "adapters", "alterations"},
     {"blocks"},
     {"testing", "plain", "tuning"},
     {"ops"},
