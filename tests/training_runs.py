@@ -1,12 +1,14 @@
-"""Small runs for the tests of training: generated images, a network that takes milliseconds."""
+"""Small runs for the tests of training: generated images, a network that takes milliseconds; what they have left."""
 
 from __future__ import annotations
 
+import csv
 import multiprocessing
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from refinenet_fast.training.samples import write_samples
 from refinenet_fast.training.settings import TrainSettings
@@ -82,3 +84,19 @@ def processes() -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "timm", "refinenet_fast.training.loop", "training_runs"])
     return context
+
+
+def log(run: Path) -> list[dict[str, str]]:
+    with (run / "log.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def losses(run: Path) -> list[float]:
+    return [float(row["loss"]) for row in log(run) if row["loss"]]
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    ours, theirs = load_file(one / "last.safetensors"), load_file(other / "last.safetensors")
+    assert ours.keys() == theirs.keys()
+    for key, value in ours.items():
+        assert torch.equal(value, theirs[key]), key

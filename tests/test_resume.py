@@ -1,0 +1,205 @@
+"""Training runs that are killed, stopped, or out of room, and go on: to the same bits as one that nothing stopped."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("torchvision")
+pytest.importorskip("timm")
+
+from safetensors.torch import load_file
+
+from refinenet_fast.training import checkpoint
+from refinenet_fast.training.files import BadInput
+from refinenet_fast.training.loop import train
+from refinenet_fast.training.settings import TrainSettings
+from training_runs import (
+    assert_same_weights,
+    losses,
+    processes,
+    samples,
+    settings,
+    train_quietly,
+    train_with_little_room,
+)
+
+KILLS = int(os.environ.get("REFINENET_FAST_KILLS", "6"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return samples(tmp_path_factory.mktemp("data") / "samples")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(one_thread):
+    """The networks are tiny."""
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(data, tmp_path_factory) -> tuple[TrainSettings, Path, float]:
+    """A run that nothing stops, and how long it takes; dropout, live batch norm and a moving average are on."""
+    wanted = settings(data, epochs=3, save_every=1, ema=0.9)
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    warm = processes().Process(target=int)  # everything is imported once
+    warm.start()
+    warm.join()
+    began = time.perf_counter()
+    process = processes().Process(target=train_quietly, args=(wanted, out))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    return wanted, out, time.perf_counter() - began
+
+
+@pytest.mark.parametrize("number", range(KILLS))
+def test_killed_at_a_random_moment_it_resumes_to_the_same_bits(uninterrupted, tmp_path, number):
+    """6 moments; REFINENET_FAST_KILLS=20 takes 20."""
+    wanted, whole, seconds = uninterrupted
+    process = processes().Process(target=train_quietly, args=(wanted, tmp_path / "run"))
+    process.start()
+    time.sleep(seconds * (number + random.random()) / KILLS)
+    process.kill()  # SIGKILL, if it still runs
+    process.join()
+    for file in (tmp_path / "run" / "checkpoints").glob("*.pt"):
+        assert torch.load(file, weights_only=True)["step"] > 0
+    again = processes().Process(target=train_quietly, args=(wanted, tmp_path / "run", True))
+    again.start()
+    again.join()
+    assert again.exitcode == 0 and not list(tmp_path.rglob("*.partial"))
+    assert_same_weights(tmp_path / "run", whole)
+    assert losses(tmp_path / "run") == losses(whole)
+
+
+@pytest.mark.parametrize("saves", [0, 2])
+def test_stopped_before_it_saves_it_resumes_from_the_save_before(data, tmp_path, monkeypatch, saves):
+    """In one process, by an error: faster than a kill, and always at the same place."""
+    wanted = settings(data, epochs=3, save_every=2)
+    train(wanted, tmp_path / "whole")
+    saved, done = checkpoint.save, []
+
+    def save_or_stop(folder: Path, step: int, state: dict) -> Path:
+        if len(done) == saves:
+            raise KeyboardInterrupt
+        done.append(step)
+        return saved(folder, step, state)
+
+    monkeypatch.setattr(checkpoint, "save", save_or_stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(wanted, tmp_path / "run")
+    monkeypatch.setattr(checkpoint, "save", saved)
+    said: list[str] = []
+    train(wanted, tmp_path / "run", resume=True, say=said.append)
+    assert ("resumed after step 3 of 9" in said) == (saves == 2)
+    assert_same_weights(tmp_path / "run", tmp_path / "whole")
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+def test_a_damaged_checkpoint_is_passed_over(data, tmp_path):
+    wanted = settings(data)
+    train(wanted, tmp_path / "run")
+    kept = load_file(tmp_path / "run" / "last.safetensors")
+    newest = tmp_path / "run" / "checkpoints" / "step-00000006.pt"
+    newest.write_bytes(newest.read_bytes()[:1000])
+    said: list[str] = []
+    train(wanted, tmp_path / "run", resume=True, say=said.append)
+    assert any("step-00000006.pt: expected a checkpoint" in line for line in said)
+    assert "resumed after step 3 of 6" in said
+    assert all(torch.equal(v, kept[k]) for k, v in load_file(tmp_path / "run" / "last.safetensors").items())
+    for file in newest.parent.iterdir():
+        file.write_bytes(b"")
+    with pytest.raises(BadInput, match=r"step-00000003\.pt: expected a checkpoint"):
+        train(wanted, tmp_path / "run", resume=True)
+
+
+def test_a_checkpoint_runs_no_code(tmp_path):
+    class Attack:
+        def __reduce__(self) -> tuple:
+            return os.mkdir, (str(tmp_path / "attacked"),)
+
+    torch.save({"step": 1, "model": Attack()}, tmp_path / "step-00000001.pt")
+    with pytest.raises(BadInput):
+        checkpoint.load_newest(tmp_path, print)
+    assert not (tmp_path / "attacked").exists()
+
+
+def test_a_full_disk_stops_the_run_and_the_last_checkpoint_loads(data, tmp_path, monkeypatch):
+    import errno
+
+    wanted, saves = settings(data), []
+    synced = os.fsync
+
+    def full_after_a_while(descriptor: int) -> None:
+        saves.append(descriptor)
+        if len(saves) > 9:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        synced(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full_after_a_while)
+    with pytest.raises(BadInput, match="cannot be written: the disk is full"):
+        train(wanted, tmp_path / "run")
+    monkeypatch.setattr(os, "fsync", synced)
+    assert checkpoint.load_newest(tmp_path / "run" / "checkpoints", print)["step"] == 3
+    assert not list(tmp_path.rglob("*.partial"))
+    train(wanted, tmp_path / "run", resume=True)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own, of 10 MB (a checkpoint has 3.5), and what gives it more; where none may be mounted, a
+    folder and None."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(options: str) -> bool:
+        words = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+        return shutil.which("mount") is not None and subprocess.run(words, capture_output=True).returncode == 0
+
+    mounted = mount("size=10m")
+    yield folder, (lambda: mount("remount,size=64m")) if mounted else None
+    if mounted:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs tmpfs, or a limit on the size of files")
+def test_a_disk_that_is_really_full(data, small_disk, tmp_path):
+    """The run says so in one line, the last good checkpoint loads, and with room again it ends at the same bits.
+
+    Where nothing may be mounted: files that may not become as large as a checkpoint, from the third one on.
+    """
+    folder, grow = small_disk
+    wanted = settings(data, epochs=3, save_every=1)
+    arguments = (wanted, folder / "run", None if grow else 1 << 20, tmp_path / "said")
+    process = processes().Process(target=train_with_little_room, args=arguments)
+    process.start()
+    process.join()
+    said = (tmp_path / "said").read_text()
+    assert ("cannot be written: the disk is full" if grow else "cannot be written: File too large") in said
+    assert process.exitcode == 0 and "\n" not in said and not list(folder.rglob("*.partial"))
+    assert checkpoint.load_newest(folder / "run" / "checkpoints", print)["step"] == 2
+    assert grow is None or grow()
+    train(wanted, folder / "run", resume=True)
+    train(wanted, tmp_path / "whole")
+    assert_same_weights(folder / "run", tmp_path / "whole")
+
+
+def test_every_random_state_comes_back():
+    import numpy as np
+
+    def draw() -> tuple:
+        return random.random(), np.random.rand(), np.random.randn(), torch.rand(()).item()
+
+    np.random.randn()  # leaves the second of a pair behind
+    state = checkpoint.random_state()
+    first = draw()
+    checkpoint.set_random_state(state)
+    assert draw() == first
