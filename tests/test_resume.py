@@ -18,9 +18,11 @@ pytest.importorskip("timm")
 
 from safetensors.torch import load_file
 
+from refinenet_fast import files
 from refinenet_fast.training import checkpoint
-from refinenet_fast.training.files import BadInput
+from refinenet_fast.training.files import BadInput, write_json
 from refinenet_fast.training.loop import train
+from refinenet_fast.training.run_folder import RunFolder
 from refinenet_fast.training.settings import TrainSettings
 from training_runs import (
     assert_same_weights,
@@ -190,6 +192,32 @@ def test_a_disk_that_is_really_full(data, small_disk, tmp_path):
     train(wanted, folder / "run", resume=True)
     train(wanted, tmp_path / "whole")
     assert_same_weights(folder / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("options", [{"resume": True}, {"overwrite": True}, {}], ids=["resume", "overwrite", "new"])
+def test_only_a_runs_own_half_written_files_are_removed(tmp_path, options):
+    """What else ends in .partial is a download, or a prediction that runs right now."""
+
+    def half_written(path: Path) -> Path:
+        with files.whole(path):
+            (partial,) = path.parent.glob(f"{path.name}.*")
+        partial.touch()
+        return partial
+
+    folder = RunFolder(tmp_path / "run")
+    if options:
+        write_json(folder.settings, settings(tmp_path).to_json())
+    written = (folder.settings, folder.log, folder.best, folder.last)
+    own = [half_written(path) for path in written]
+    own += [half_written(folder.checkpoints / "step-00000003.pt"), half_written(folder.previews / "epoch-0001.png")]
+    others = [half_written(folder.path / "masks" / "classes" / "a.png"), half_written(folder.path / "a.png")]
+    for name in ("film.mkv.partial", "settings.json.partial", "masks/clip.17.partial/000001.png"):
+        others.append(folder.path / name)
+        others[-1].parent.mkdir(parents=True, exist_ok=True)
+        others[-1].touch()
+    folder.claim(settings(tmp_path), **{"resume": False, "overwrite": False, **options})
+    assert not [path for path in own if path.exists()]
+    assert [path for path in others if path.exists()] == others
 
 
 def test_every_random_state_comes_back():
