@@ -180,6 +180,8 @@ def evaluate(
     for path in results:
         if path.exists() and not overwrite:
             raise BadInput(f"{path}: there already; --overwrite replaces it")
+    if workers < 0:
+        raise BadInput(f"workers: expected 0 or more, got {workers}")
     with ranks(device) as group:
         segment = _segmenter(model, num_classes, scales, flip, tile, overlap, group.device)
         names = segment.description.class_names

@@ -163,6 +163,7 @@ def test_bad_data_is_one_line_before_anything_is_written(command, tmp_path, spoi
     "words, message",
     [
         ("train {data} --out {run}", "holds a run; --resume goes on with it, --overwrite replaces it"),
+        (f"train {{data}} --out {{run}} --overwrite {SMALL} --workers -1", "workers: expected 0 or more, got -1"),
         ("train --out {new}", "data: expected the folder of a data set, got none"),
         ("train {data} --resume --lr 7 --out {run}", "lr: expected 0.005, as the run in"),
         ("train {data} --out {new} --trunk resnet19", "trunk: expected the name of a timm model, got 'resnet19'"),
@@ -170,6 +171,7 @@ def test_bad_data_is_one_line_before_anything_is_written(command, tmp_path, spoi
         ("evaluate {data} --model {run} --num-classes 7", "num_classes: expected 5, as"),
         ("evaluate {data} --model {run} --scales 1,big", "scales: expected numbers such as 0.75,1,1.25, got '1,big'"),
         ("evaluate {data} --model {new}", "expected a model file, there is none"),
+        ("evaluate {data} --model {run} --workers -1", "workers: expected 0 or more, got -1"),
         ("evaluate {data} --model {data}", "expected a model file or a run's folder, got a folder without"),
         ("evaluate {data} --model {run} --split test", "images/test: expected a folder, there is none"),
         ("predict {new} --model {run} --out {new}", "nothing matches it"),

@@ -107,6 +107,8 @@ class TrainSettings:
         for name in ("save_every", "trunk_scale", "momentum", "weight_decay", "power", "colour", "ignore_value"):
             if getattr(self, name) < 0:
                 raise BadInput(f"{name}: expected 0 or more, got {getattr(self, name)}")
+        if self.workers is not None and self.workers < 0:
+            raise BadInput(f"workers: expected 0 or more, got {self.workers}")
         for name in ("lr", "val_scale"):
             if not getattr(self, name) > 0:
                 raise BadInput(f"{name}: expected more than 0, got {getattr(self, name)}")
