@@ -114,7 +114,8 @@ def train(
             given["data"] = data
         settings = dataclasses.replace(before, **given)
     elif data is None:
-        raise BadInput("data: expected the folder of a data set, got none")
+        no_run = f", and {out} holds no run" if resume else ""
+        raise BadInput(f"data: expected the folder of a data set, got none{no_run}")
     else:
         settings = TrainSettings(data, **options)
     with _bars() as bars:
@@ -180,6 +181,8 @@ def evaluate(
     for path in results:
         if path.exists() and not overwrite:
             raise BadInput(f"{path}: there already; --overwrite replaces it")
+    if workers < 0:
+        raise BadInput(f"workers: expected 0 or more, got {workers}")
     with ranks(device) as group:
         segment = _segmenter(model, num_classes, scales, flip, tile, overlap, group.device)
         names = segment.description.class_names

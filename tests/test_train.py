@@ -1,22 +1,17 @@
-"""Training runs: one process or two, killed and resumed, on a full disk; what they write, what they refuse."""
+"""Training runs in one process: what they compute, what they write, what they refuse."""
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import os
-import random
 import re
-import shutil
-import socket
-import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 pytest.importorskip("torchvision")
 pytest.importorskip("timm")
@@ -24,15 +19,14 @@ pytest.importorskip("timm")
 from safetensors.torch import load_file
 
 from refinenet_fast import RefineNet
-from refinenet_fast.training import checkpoint, clock
+from refinenet_fast.training import checkpoint, clock, survey
+from refinenet_fast.training.data import open_split
 from refinenet_fast.training.files import BadInput, read_json
-from refinenet_fast.training.loop import train
+from refinenet_fast.training.loop import Trainer, train
 from refinenet_fast.training.model_file import Description, load_model, save_model
 from refinenet_fast.training.samples import write_samples
 from refinenet_fast.training.settings import TrainSettings
-from training_runs import processes, samples, settings, train_quietly, train_with_little_room
-
-KILLS = int(os.environ.get("REFINENET_FAST_KILLS", "6"))
+from training_runs import assert_same_weights, log, losses, samples, settings
 
 
 @pytest.fixture(scope="module")
@@ -45,24 +39,8 @@ def _one_thread(one_thread):
     """The networks are tiny."""
 
 
-def log(run: Path) -> list[dict[str, str]]:
-    with (run / "log.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def losses(run: Path) -> list[float]:
-    return [float(row["loss"]) for row in log(run) if row["loss"]]
-
-
 def names(folder: Path) -> list[str]:
     return sorted(file.name for file in folder.iterdir())
-
-
-def assert_same_weights(one: Path, other: Path) -> None:
-    ours, theirs = load_file(one / "last.safetensors"), load_file(other / "last.safetensors")
-    assert ours.keys() == theirs.keys()
-    for key, value in ours.items():
-        assert torch.equal(value, theirs[key]), key
 
 
 # -- what a run does ----------------------------------------------------------------------------------------------
@@ -127,13 +105,32 @@ def test_the_trunks_stride_is_what_is_asked_for(stride):
     assert "trunk_stride" not in settings(Path("data"), preset="light-weight").network()
 
 
-def test_the_loss_is_weighed_by_the_shares_of_classes(data, tmp_path):
-    """The first step's loss, before any weight of the network has changed."""
-    first = {}
-    for weighting in ("none", "balanced", "log"):
-        train(settings(data, epochs=1, val_split="", class_weights=weighting), tmp_path / weighting)
-        first[weighting] = losses(tmp_path / weighting)[0]
-    assert len({round(loss, 6) for loss in first.values()}) == 3, first
+@pytest.mark.parametrize("weighting", survey.WEIGHTINGS)
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_the_loss_is_pytorchs_mean_over_the_whole_step(data, tmp_path, monkeypatch, weighting, accumulate):
+    """And its gradient, in which parts of two, one and one images count by their labelled pixels' weights."""
+    split = open_split(data, "folder", "train")
+    pixels = torch.stack([split.read(k)[1] for k in range(len(split))]).flatten().bincount()[:5]  # without 255
+    weight = None
+    if weighting != "none":
+        weight = torch.tensor(survey.class_weights(pixels, 5, weighting), dtype=torch.float64)
+    expected, update = [], Trainer._update
+
+    def compared(self, images, labels):
+        bias = self.model.classifier.bias
+        loss = F.cross_entropy(self.model(images), labels, weight, ignore_index=255)
+        (gradient,) = torch.autograd.grad(loss, bias)
+        after = bias.detach() - self.optimizer.param_groups[-1]["lr"] * gradient
+        found = update(self, images, labels)
+        torch.testing.assert_close(bias.detach(), after, rtol=1e-12, atol=1e-15)
+        expected.append(loss.item())
+        return found
+
+    monkeypatch.setattr(Trainer, "_update", compared)
+    exact = {"dropout": 0.0, "freeze_bn": True, "precision": "float64", "momentum": 0.0, "weight_decay": 0.0}
+    wanted = settings(data, epochs=1, batch=4, val_split="", class_weights=weighting, accumulate=accumulate, **exact)
+    train(wanted, tmp_path / "run")
+    assert losses(tmp_path / "run") == pytest.approx(expected, rel=1e-12) and len(expected) == 2
 
 
 def test_the_moving_average_is_what_is_kept(data, tmp_path):
@@ -148,17 +145,17 @@ def test_the_moving_average_is_what_is_kept(data, tmp_path):
 def test_accumulation_changes_nothing(data, tmp_path):
     """With batch norm frozen and no dropout, parts of a step add up to the whole."""
     for name, accumulate in (("whole", 1), ("parts", 3)):
-        wanted = settings(data, batch=4, freeze_bn=True, dropout=0.0, precision="float64", accumulate=accumulate)
-        train(wanted, tmp_path / name)
+        exact = {"freeze_bn": True, "dropout": 0.0, "precision": "float64", "class_weights": "log"}
+        train(settings(data, batch=4, accumulate=accumulate, **exact), tmp_path / name)
     assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), rel=1e-10)
 
 
 def test_compiled(data, tmp_path, monkeypatch):
-    """That compiled networks learn, tests/test_training.py shows; here, that it is the one that runs."""
-    compiled = []
-    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
-    train(settings(data, epochs=1, val_split="", compile=True), tmp_path / "run")
-    assert len(compiled) == 1
+    """What torch.compile returns is what every step runs; tests/test_ranks.py compiles."""
+    ran = []
+    monkeypatch.setattr(torch, "compile", lambda model: lambda images: ran.append(model) or model(images))
+    train(settings(data, epochs=1, val_split="", compile=True, accumulate=2), tmp_path / "run")
+    assert len(ran) == 5  # images of 2, 2, 1 in parts of one
 
 
 def test_tensorboard_has_what_the_log_has(data, tmp_path):
@@ -213,204 +210,6 @@ def test_a_clock_tells_waiting_from_working(monkeypatch):
     assert laps == [(12.0, 8.0), (5.0, 1.0), (6.0, 2.0)]
     assert (counted.seconds, counted.waited, counted.share) == (15.0, 3.0, 0.2)  # without the first batch
     assert counted.summary() == "trained for 15.0 s, 20.0 % of them waiting for data; more --workers may help"
-
-
-# -- several ranks ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
-@pytest.mark.parametrize("again", [False, True], ids=["kept", "checkpoint-blocks"])
-def test_two_ranks_are_one_process_with_the_whole_batch(data, tmp_path, again):
-    """20 steps in float64, an odd image left for one rank in the last batch of each epoch; metrics are summed, too.
-
-    ``again``: the ranks compute their blocks again within the backward pass in which DistributedDataParallel sums the
-    gradients; the one process keeps all.
-    """
-    options = {"epochs": 7, "batch": 2, "dropout": 0.0, "freeze_bn": True, "precision": "float64"}
-    wanted = settings(data, **options)  # 5 images in batches of 2, 2, 1
-    divided = dataclasses.replace(wanted, checkpoint_blocks=again)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "REFINENET_FAST_BACKEND": "reference"}
-    alone = processes().Process(target=train_quietly, args=(wanted, tmp_path / "one", False, environment))
-    ranks = []
-    for rank in ("0", "1"):
-        own = environment | {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
-        ranks.append(processes().Process(target=train_quietly, args=(divided, tmp_path / "two", False, own)))
-    for process in (alone, *ranks):
-        process.start()
-    for process in (alone, *ranks):
-        process.join(240)
-        assert process.exitcode == 0
-    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
-    assert len(one) == 21 and one[0] != one[-1]
-    assert two == pytest.approx(one, rel=0, abs=1e-8)
-    scored = [[row["pixel_accuracy"] for row in log(tmp_path / n) if row["miou"]] for n in ("one", "two")]
-    assert scored[0] == scored[1] and len(scored[0]) == 7
-
-
-# -- interruptions ------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(data, tmp_path_factory) -> tuple[TrainSettings, Path, float]:
-    """A run that nothing stops, and how long it takes; dropout, live batch norm and a moving average are on."""
-    wanted = settings(data, epochs=3, save_every=1, ema=0.9)
-    out = tmp_path_factory.mktemp("runs") / "whole"
-    warm = processes().Process(target=int)  # everything is imported once
-    warm.start()
-    warm.join()
-    began = time.perf_counter()
-    process = processes().Process(target=train_quietly, args=(wanted, out))
-    process.start()
-    process.join()
-    assert process.exitcode == 0
-    return wanted, out, time.perf_counter() - began
-
-
-@pytest.mark.parametrize("number", range(KILLS))
-def test_killed_at_a_random_moment_it_resumes_to_the_same_bits(uninterrupted, tmp_path, number):
-    """6 moments; REFINENET_FAST_KILLS=20 takes 20."""
-    wanted, whole, seconds = uninterrupted
-    process = processes().Process(target=train_quietly, args=(wanted, tmp_path / "run"))
-    process.start()
-    time.sleep(seconds * (number + random.random()) / KILLS)
-    process.kill()  # SIGKILL, if it still runs
-    process.join()
-    for file in (tmp_path / "run" / "checkpoints").glob("*.pt"):
-        assert torch.load(file, weights_only=True)["step"] > 0
-    again = processes().Process(target=train_quietly, args=(wanted, tmp_path / "run", True))
-    again.start()
-    again.join()
-    assert again.exitcode == 0 and not list(tmp_path.rglob("*.partial"))
-    assert_same_weights(tmp_path / "run", whole)
-    assert losses(tmp_path / "run") == losses(whole)
-
-
-@pytest.mark.parametrize("saves", [0, 2])
-def test_stopped_before_it_saves_it_resumes_from_the_save_before(data, tmp_path, monkeypatch, saves):
-    """In one process, by an error: faster than a kill, and always at the same place."""
-    wanted = settings(data, epochs=3, save_every=2)
-    train(wanted, tmp_path / "whole")
-    saved, done = checkpoint.save, []
-
-    def save_or_stop(folder: Path, step: int, state: dict) -> Path:
-        if len(done) == saves:
-            raise KeyboardInterrupt
-        done.append(step)
-        return saved(folder, step, state)
-
-    monkeypatch.setattr(checkpoint, "save", save_or_stop)
-    with pytest.raises(KeyboardInterrupt):
-        train(wanted, tmp_path / "run")
-    monkeypatch.setattr(checkpoint, "save", saved)
-    said: list[str] = []
-    train(wanted, tmp_path / "run", resume=True, say=said.append)
-    assert ("resumed after step 3 of 9" in said) == (saves == 2)
-    assert_same_weights(tmp_path / "run", tmp_path / "whole")
-    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
-
-
-def test_a_damaged_checkpoint_is_passed_over(data, tmp_path):
-    wanted = settings(data)
-    train(wanted, tmp_path / "run")
-    kept = load_file(tmp_path / "run" / "last.safetensors")
-    newest = tmp_path / "run" / "checkpoints" / "step-00000006.pt"
-    newest.write_bytes(newest.read_bytes()[:1000])
-    said: list[str] = []
-    train(wanted, tmp_path / "run", resume=True, say=said.append)
-    assert any("step-00000006.pt: expected a checkpoint" in line for line in said)
-    assert "resumed after step 3 of 6" in said
-    assert all(torch.equal(v, kept[k]) for k, v in load_file(tmp_path / "run" / "last.safetensors").items())
-    for file in newest.parent.iterdir():
-        file.write_bytes(b"")
-    with pytest.raises(BadInput, match=r"step-00000003\.pt: expected a checkpoint"):
-        train(wanted, tmp_path / "run", resume=True)
-
-
-def test_a_checkpoint_runs_no_code(tmp_path):
-    class Attack:
-        def __reduce__(self) -> tuple:
-            return os.mkdir, (str(tmp_path / "attacked"),)
-
-    torch.save({"step": 1, "model": Attack()}, tmp_path / "step-00000001.pt")
-    with pytest.raises(BadInput):
-        checkpoint.load_newest(tmp_path, print)
-    assert not (tmp_path / "attacked").exists()
-
-
-def test_a_full_disk_stops_the_run_and_the_last_checkpoint_loads(data, tmp_path, monkeypatch):
-    import errno
-
-    wanted, saves = settings(data), []
-    synced = os.fsync
-
-    def full_after_a_while(descriptor: int) -> None:
-        saves.append(descriptor)
-        if len(saves) > 9:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        synced(descriptor)
-
-    monkeypatch.setattr(os, "fsync", full_after_a_while)
-    with pytest.raises(BadInput, match="cannot be written: the disk is full"):
-        train(wanted, tmp_path / "run")
-    monkeypatch.setattr(os, "fsync", synced)
-    assert checkpoint.load_newest(tmp_path / "run" / "checkpoints", print)["step"] == 3
-    assert not list(tmp_path.rglob("*.partial"))
-    train(wanted, tmp_path / "run", resume=True)
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of its own, of 10 MB (a checkpoint has 3.5), and what gives it more; where none may be mounted, a
-    folder and None."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-
-    def mount(options: str) -> bool:
-        words = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
-        return shutil.which("mount") is not None and subprocess.run(words, capture_output=True).returncode == 0
-
-    mounted = mount("size=10m")
-    yield folder, (lambda: mount("remount,size=64m")) if mounted else None
-    if mounted:
-        subprocess.run(["umount", str(folder)], check=True)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="needs tmpfs, or a limit on the size of files")
-def test_a_disk_that_is_really_full(data, small_disk, tmp_path):
-    """The run says so in one line, the last good checkpoint loads, and with room again it ends at the same bits.
-
-    Where nothing may be mounted: files that may not become as large as a checkpoint, from the third one on.
-    """
-    folder, grow = small_disk
-    wanted = settings(data, epochs=3, save_every=1)
-    arguments = (wanted, folder / "run", None if grow else 1 << 20, tmp_path / "said")
-    process = processes().Process(target=train_with_little_room, args=arguments)
-    process.start()
-    process.join()
-    said = (tmp_path / "said").read_text()
-    assert ("cannot be written: the disk is full" if grow else "cannot be written: File too large") in said
-    assert process.exitcode == 0 and "\n" not in said and not list(folder.rglob("*.partial"))
-    assert checkpoint.load_newest(folder / "run" / "checkpoints", print)["step"] == 2
-    assert grow is None or grow()
-    train(wanted, folder / "run", resume=True)
-    train(wanted, tmp_path / "whole")
-    assert_same_weights(folder / "run", tmp_path / "whole")
-
-
-def test_every_random_state_comes_back():
-    import numpy as np
-
-    def draw() -> tuple:
-        return random.random(), np.random.rand(), np.random.randn(), torch.rand(()).item()
-
-    np.random.randn()  # leaves the second of a pair behind
-    state = checkpoint.random_state()
-    first = draw()
-    checkpoint.set_random_state(state)
-    assert draw() == first
 
 
 # -- what is refused ----------------------------------------------------------------------------------------------

@@ -6,12 +6,13 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
@@ -25,12 +26,12 @@ from refinenet_fast.training.evaluation import evaluate
 from refinenet_fast.training.files import BadInput
 from refinenet_fast.training.memory import autocast
 from refinenet_fast.training.metrics import scores
-from refinenet_fast.training.model_file import save_model
+from refinenet_fast.training.model_file import load_weights, save_model
 from refinenet_fast.training.pictures import save_image, triptych
 from refinenet_fast.training.prediction import Segmenter
 from refinenet_fast.training.prepare import Data, build_network, open_data, report
 from refinenet_fast.training.run_folder import RunFolder
-from refinenet_fast.training.settings import TrainSettings
+from refinenet_fast.training.settings import LOCAL, TrainSettings
 from refinenet_fast.training.survey import Progress
 
 
@@ -63,6 +64,7 @@ def train(
         folder = RunFolder(out)
         tell = say if group.first else lambda line: None
         shown = progress if group.first else without_bars
+        group.check_same({name: value for name, value in settings.to_json().items() if name not in LOCAL})
         group.on_first(lambda: folder.check(settings, resume, overwrite))
         if settings.tensorboard:
             tensorboard.check_installed()
@@ -103,6 +105,9 @@ class Trainer:
         self.weight = self._class_weights()
         torch.manual_seed(settings.seed + group.rank)  # dropout differs between ranks
         self._restore()
+        group.check_same({"step": self.step})
+        if group.first:
+            folder.cut_log(self.step)
         self.events = tensorboard.Events(folder.events, self.step) if settings.tensorboard and group.first else None
         # After the weights are restored: it hands out those of the first rank.
         self.parallel = DistributedDataParallel(model, broadcast_buffers=False) if group.world > 1 else model
@@ -244,7 +249,7 @@ class Trainer:
 
     def _validate(self) -> None:
         """Score the validation split on all ranks; keep a picture, and the network if it is the best so far."""
-        _average_buffers(self.model, self.group)
+        self._average_buffers()
         segment = Segmenter(self.network.eval(), self.description)
         shown: list[Any] = []
 
@@ -277,8 +282,17 @@ class Trainer:
             if self.group.first:
                 save_model(self.folder.best, self.network, self.description)
 
+    @torch.no_grad()
+    def _average_buffers(self) -> None:
+        """Live batch norm has seen other images on each rank: its statistics become their mean, in ``average`` too."""
+        networks = [self.model] if self.average is None else [self.model, self.average]
+        if self.group.world > 1:
+            for buffer in (buffer for network in networks for buffer in network.buffers()):
+                if buffer.dtype.is_floating_point:
+                    self.group.sum(buffer).div_(self.group.world)
+
     def _save(self) -> None:
-        _average_buffers(self.model, self.group)
+        self._average_buffers()
         random_states = self.group.gather(checkpoint.random_state())
         if not self.group.first:
             return
@@ -288,33 +302,41 @@ class Trainer:
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
-            "order": {"images": [str(p.name) for p in self.data.train.images], "seed": self.settings.seed},
+            "order": self._order(),
             "random": random_states,
             "best": self.best,
             "tables": checkpoint.tables_hash(),
         }
         checkpoint.save(self.folder.checkpoints, self.step, state)
 
+    def _order(self) -> dict[str, list[str]]:
+        """What the order and the meaning of what is seen depend on, beside the settings."""
+        return {"images": [p.name for p in self.data.train.images], "classes": self.data.class_names}
+
     def _restore(self) -> None:
         """Go on from the newest checkpoint, if there is one."""
         state = checkpoint.load_newest(self.folder.checkpoints, self.say)
-        if self.group.first:
-            self.folder.cut_log(0 if state is None else state["step"])
         if state is None:
             return
-        if state["order"]["images"] != [p.name for p in self.data.train.images]:
-            raise BadInput(f"{self.settings.data}: expected the images that the run has begun with, got others")
+        for what, now in self._order().items():
+            begun = state["order"].get(what, now)  # checkpoints used to have no classes
+            if begun != now:
+                before, after = next(pair for pair in zip_longest(begun, now, fillvalue="none") if pair[0] != pair[1])
+                raise BadInput(
+                    f"{self.settings.data}: expected the {what} that the run has begun with, got {after} for {before}"
+                )
         if len(state["random"]) != self.group.world:
             raise BadInput(f"resume: expected {len(state['random'])} processes, as before, got {self.group.world}")
         if state["tables"] != checkpoint.tables_hash():
             self.say("the tables of what runs each convolution have changed: what follows is rounded differently")
         self.step, self.best = state["step"], state["best"]
-        self.model.load_state_dict(state["model"])
+        source = checkpoint.path_of(self.folder.checkpoints, self.step)
+        load_weights(self.model, state["model"], source)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.scaler.load_state_dict(state["scaler"])
         if self.average is not None:
-            self.average.load_state_dict(state["average"])
+            load_weights(self.average, state["average"] or {}, source)
         checkpoint.set_random_state(state["random"][self.group.rank])
         self.say(f"resumed after step {self.step} of {self.steps}")
 
@@ -324,12 +346,3 @@ def _optimizer(settings: TrainSettings, model: Any) -> torch.optim.Optimizer:
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(groups)
     return torch.optim.SGD(groups, momentum=settings.momentum)
-
-
-@torch.no_grad()
-def _average_buffers(model: nn.Module, group: Ranks) -> None:
-    """Live batch norm has seen other images on each rank: its statistics become their mean."""
-    if group.world > 1:
-        for buffer in model.buffers():
-            if buffer.dtype.is_floating_point:
-                group.sum(buffer).div_(group.world)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,7 +39,7 @@ class Data:
 
 
 def open_data(settings: TrainSettings, group: Ranks, progress: Progress) -> Data:
-    """List the data on every rank, scan it on the first.
+    """List the data on every rank; scan it, a share on each, so that none waits for another longer than it may.
 
     Raises:
         BadInput: Something is wrong with it; says in which file.
@@ -51,13 +52,16 @@ def open_data(settings: TrainSettings, group: Ranks, progress: Progress) -> Data
     names = [settings.train_split, *([settings.val_split] if settings.val_split else [])]
     group.on_first(lambda: [opened(name) for name in names] and None)
     splits = {name: opened(name) for name in names}
+    group.check_same({f"{name} images": f"{len(split)} ({_digest(split)})" for name, split in splits.items()})
+    group.check_same({"classes": splits[settings.train_split].class_names})
 
     def scanned() -> dict[str, Survey]:
         if not settings.scan:
             return {}
-        return {name: survey.scan(split, progress) for name, split in splits.items()}
+        return {name: survey.scan(split, progress, group.rank, group.world) for name, split in splits.items()}
 
-    surveys = group.on_first(scanned)
+    parts = group.on_each(scanned)
+    surveys = {name: survey.total(part[name] for part in parts) for name in parts[0]}
     train = splits[settings.train_split]
     if train.num_classes is None:
         if not surveys:
@@ -67,6 +71,10 @@ def open_data(settings: TrainSettings, group: Ranks, progress: Progress) -> Data
     if settings.class_weights != "none" and not surveys:
         raise BadInput(f"class_weights: expected none where masks are not scanned, got {settings.class_weights}")
     return Data(splits[settings.train_split], splits.get(settings.val_split), surveys)
+
+
+def _digest(split: Split) -> str:
+    return hashlib.blake2b("\n".join(path.name for path in split.images).encode(), digest_size=4).hexdigest()
 
 
 def build_network(settings: TrainSettings, data: Data, group: Ranks) -> tuple[RefineNet, Description]:

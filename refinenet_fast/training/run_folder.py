@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +17,11 @@ from refinenet_fast.training.model_file import BEST, LAST
 from refinenet_fast.training.settings import FREE, TrainSettings
 
 COLUMNS = ("step", "epoch", "loss", "lr", "seconds", "waited", "miou", "pixel_accuracy", "mean_accuracy")
+# A run's own files while refinenet_fast.files.whole writes them.
+_HALF_WRITTEN = re.compile(
+    r"(settings\.json|log\.csv|(best|last)\.safetensors|checkpoints/step-\d+\.pt|previews/epoch-\d+\.png)"
+    rf"\.\d+\.\d+{re.escape(PARTIAL)}"
+)
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,7 @@ class RunFolder:
 
         Raises:
             BadInput: The folder holds a run, and neither ``resume`` nor ``overwrite`` is true; the run that is resumed
-                has other settings.
+                has other settings, or lacks them.
         """
         if resume and overwrite:
             raise BadInput("resume: expected --resume or --overwrite, got both")
@@ -68,17 +74,20 @@ class RunFolder:
             raise BadInput(f"{self.path}: expected a folder, got a file")
         if self.holds_a_run() and not (overwrite or resume):
             raise BadInput(f"{self.path}: holds a run; --resume goes on with it, --overwrite replaces it")
-        if resume and self.settings.exists():
+        if resume and self.holds_a_run():
+            if not self.settings.exists():
+                raise BadInput(f"{self.settings}: expected the settings of the run that is resumed, there are none")
             self._check_same(settings)
 
     def claim(self, settings: TrainSettings, resume: bool, overwrite: bool) -> None:
-        """Make the folder this run's, without what a killed run has left half-written.
+        """Make the folder this run's, without what a killed run has left half-written; other files are the user's.
 
         Raises:
             BadInput: It cannot be written.
         """
-        for partial in self.path.rglob(f"*{PARTIAL}"):
-            partial.unlink()
+        for partial in [*self.path.glob(f"*{PARTIAL}"), *self.path.glob(f"*/*{PARTIAL}")]:
+            if _HALF_WRITTEN.fullmatch(partial.relative_to(self.path).as_posix()):
+                partial.unlink()
         if resume and self.settings.exists():
             return
         if overwrite:

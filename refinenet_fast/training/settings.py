@@ -16,11 +16,13 @@ from refinenet_fast.variants import PRESETS
 
 OPTIMIZERS = ("sgd", "adamw")
 PRECISIONS = ("float32", "bfloat16", "float16", "float64")
-# What may differ when a run goes on: nothing of it changes the result.
+# What may differ when a run goes on: nothing of it changes the result, but for rounding on several ranks.
 FREE = {
     *("data", "device", "workers", "log_every", "save_every", "scan"),
     *("recompute", "checkpoint_blocks", "tensorboard"),
 }
+# What may differ between the machines of one run.
+LOCAL = {"data", "device", "weights", "workers"}
 _CHOICES = {
     "layout": tuple(LAYOUTS),
     "optimizer": OPTIMIZERS,
@@ -107,6 +109,8 @@ class TrainSettings:
         for name in ("save_every", "trunk_scale", "momentum", "weight_decay", "power", "colour", "ignore_value"):
             if getattr(self, name) < 0:
                 raise BadInput(f"{name}: expected 0 or more, got {getattr(self, name)}")
+        if self.workers is not None and self.workers < 0:
+            raise BadInput(f"workers: expected 0 or more, got {self.workers}")
         for name in ("lr", "val_scale"):
             if not getattr(self, name) > 0:
                 raise BadInput(f"{name}: expected more than 0, got {getattr(self, name)}")
