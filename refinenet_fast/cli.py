@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from refinenet_fast.training.distributed import Told
-from refinenet_fast.training.files import BadInput, read_json, write_json
+from refinenet_fast.training.files import BadInput, first_line, read_json, write_json
 from refinenet_fast.training.settings import TrainSettings, option_types
 
 app = typer.Typer(
@@ -41,6 +41,10 @@ def run() -> None:
     except BadInput as error:
         if not isinstance(error, Told):  # the first rank says it
             print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except OSError as error:  # a folder on the way to --out that may not be entered, say
+        message = f"{error.filename}: {error.strerror}" if error.filename else first_line(error)
+        print(f"error: {message}", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

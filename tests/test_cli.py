@@ -21,7 +21,7 @@ from PIL import Image
 from refinenet_fast import RefineNet, cli
 from refinenet_fast.backends import table
 from refinenet_fast.training.settings import TrainSettings, option_types
-from training_runs import samples
+from training_runs import samples, without_rights
 
 SMALL = "--trunk test_resnet --no-pretrained --width 8 --crop 40 40 --batch 2 --epochs 1 --workers 0 --device cpu"
 
@@ -186,6 +186,45 @@ def test_bad_options_are_one_line_and_nothing_is_overwritten(command, trained, t
     assert code == 1 and err.startswith("error: ") and message in err and err.count("\n") == 1
     assert before == {file: file.read_bytes() for file in data.parent.rglob("*") if file.is_file()}
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "train {locked} --out {new}",
+        "train {locked}/samples --out {new}",
+        "train {data} --out {locked}/run",
+        "train --resume --out {locked}/run",
+        "evaluate {data} --model {locked}",
+        "evaluate {data} --model {locked}/run",
+        "evaluate {data} --model {run} --out {locked}",
+        "predict {locked} --model {run} --out {new}",
+        "predict {locked}/a.png --model {run} --out {new}",
+        "predict {data}/images/val --model {run} --out {locked}",
+        "export --model {run} --out {locked}/a.pt --format torch",
+        "sample-data {locked}",
+        "sample-data {locked}/new",
+    ],
+)
+def test_a_folder_without_rights_is_one_line(command, trained, tmp_path, ordinary_rights, words):
+    data, run = trained
+    locked, new = tmp_path / "locked", tmp_path / "new"
+    locked.mkdir()
+    with without_rights(locked):
+        code, out, err = command(words.format(data=data, run=run, locked=locked, new=new))
+    assert code == 1 and err.startswith(f"error: {locked}") and err.count("\n") == 1 and not out
+    assert not new.exists() and not list(locked.iterdir())
+
+
+def test_a_photo_without_rights_is_skipped(command, trained, tmp_path, ordinary_rights):
+    data, run = trained
+    first, second = sorted((data / "images" / "val").iterdir())
+    with without_rights(first):
+        code, _, err = command("predict", first.parent, "--model", run, "--out", tmp_path / "out")
+    assert code == cli.SKIPPED and err.startswith(
+        f"skipped: {first}: expected a file that can be read, got no permission"
+    )
+    assert [file.name for file in (tmp_path / "out" / "classes").iterdir()] == [second.name]
 
 
 def test_every_setting_is_an_option_with_a_meaning(command):

@@ -22,7 +22,7 @@ from refinenet_fast.training.data import Order, TrainingSet, collate, open_split
 from refinenet_fast.training.files import BadInput, image_size, read_image, read_mask, write_whole
 from refinenet_fast.training.loop import without_bars
 from refinenet_fast.training.samples import CLASSES, write_samples
-from training_runs import SIZE, samples
+from training_runs import SIZE, samples, without_rights
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -151,10 +151,18 @@ def test_what_is_no_data_set(data, tmp_path):
         assert "\n" not in str(error.value)
 
 
-def test_a_folder_without_rights(data, monkeypatch):
-    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root, as tests may run, has every right
-    with pytest.raises(BadInput, match="images/train: expected a folder that can be read, got no permission"):
-        open_split(data, "folder", "train")
+@pytest.mark.parametrize("locked", ["images", "images/train", "images/train/deep", "masks/train"])
+def test_a_folder_without_rights(data, ordinary_rights, locked):
+    """Itself, a folder above it, one of its subfolders, which would otherwise be passed over."""
+    for kind in ("images", "masks"):
+        (data / kind / "train" / "deep").mkdir()
+        (data / kind / "train" / "001.png").rename(data / kind / "train" / "deep" / "001.png")
+    assert len(open_split(data, "folder", "train")) == 5
+    with without_rights(data / locked):
+        with pytest.raises(
+            BadInput, match=rf"{locked}.*: expected a file or folder that can be read, got no permission"
+        ):
+            open_split(data, "folder", "train")
 
 
 def test_sizes_and_values_are_checked(data):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,17 @@ def samples(folder: Path, train: int = 5, val: int = 2) -> Path:
     """A generated data set."""
     write_samples(folder, train, val, SIZE)
     return folder
+
+
+@contextmanager
+def without_rights(path: Path) -> Iterator[None]:
+    """A file or folder that its owner may neither read nor write nor enter."""
+    before = path.stat().st_mode
+    path.chmod(0)
+    try:
+        yield
+    finally:
+        path.chmod(before)
 
 
 def settings(data: Path, **options: Any) -> TrainSettings:

@@ -39,17 +39,41 @@ def first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """What the system refuses within the block, for want of rights mostly, made one line.
+
+    Args:
+        path: What is looked into, should the system not say what it refuses.
+
+    Raises:
+        BadInput: Instead of an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        denied = isinstance(error, PermissionError)
+        reason = "no permission to" if denied else error.strerror or first_line(error)
+        raise BadInput(f"{error.filename or path}: expected a file or folder that can be read, got {reason}") from error
+
+
 def images_below(folder: Path) -> list[Path]:
     """Every image file in ``folder`` and its subfolders, sorted.
 
     Raises:
-        BadInput: It is no folder, or cannot be read.
+        BadInput: It is no folder, or cannot be read, or one of its subfolders cannot.
     """
-    if not folder.is_dir():
-        raise BadInput(f"{folder}: expected a folder, {'got a file' if folder.exists() else 'there is none'}")
-    if not os.access(folder, os.R_OK | os.X_OK):
-        raise BadInput(f"{folder}: expected a folder that can be read, got no permission to")
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    with readable(folder):
+        try:
+            files = [Path(where, name) for where, _, names in os.walk(folder, onerror=refuse) for name in names]
+        except (FileNotFoundError, NotADirectoryError) as error:
+            got = "there is none" if isinstance(error, FileNotFoundError) else "got a file"
+            raise BadInput(f"{folder}: expected a folder, {got}") from error
+    return sorted(path for path in files if path.suffix.lower() in SUFFIXES)
 
 
 def image_size(path: Path) -> tuple[int, int]:

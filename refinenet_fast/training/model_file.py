@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from refinenet_fast.model import RefineNet
-from refinenet_fast.training.files import BadInput, first_line, write_whole
+from refinenet_fast.training.files import BadInput, first_line, readable, write_whole
 
 KEY = "refinenet_fast"  # of the description in the header
 BEST, LAST = "best.safetensors", "last.safetensors"
@@ -62,7 +62,8 @@ def load_model(path: Path, num_classes: int | None = None) -> tuple[RefineNet, D
     Raises:
         BadInput: It is no model file, or is damaged, or has another number of classes.
     """
-    path = _in_folder(path)
+    with readable(path):
+        path = _in_folder(path)
     state, description = read_model(path)
     if num_classes not in (None, description.num_classes):
         raise BadInput(f"num_classes: expected {description.num_classes}, as {path} has, got {num_classes}")
@@ -90,8 +91,9 @@ def read_model(path: Path) -> tuple[dict[str, Tensor], Description]:
     """
     from safetensors import SafetensorError, safe_open
 
-    if not path.is_file():
-        raise BadInput(f"{path}: expected a model file, there is none")
+    with readable(path):
+        if not path.is_file():
+            raise BadInput(f"{path}: expected a model file, there is none")
     try:
         with safe_open(path, framework="pt") as file:
             header = (file.metadata() or {}).get(KEY)

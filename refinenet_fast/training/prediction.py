@@ -18,7 +18,7 @@ from torchvision.transforms import v2
 from refinenet_fast.model import RefineNet
 from refinenet_fast.training import video
 from refinenet_fast.training.augment import normalise
-from refinenet_fast.training.files import BadInput, Unreadable, images_below, read_image, whole_folder
+from refinenet_fast.training.files import BadInput, Unreadable, images_below, read_image, readable, whole_folder
 from refinenet_fast.training.model_file import Description
 from refinenet_fast.training.pictures import coloured, overlaid, palette, save_image, save_mask
 
@@ -134,13 +134,15 @@ def find_inputs(inputs: Sequence[str]) -> dict[Path, Path]:
 def _inputs(inputs: Sequence[str]) -> Iterator[tuple[Path, Path]]:
     for given in inputs:
         path = Path(given)
-        if path.is_dir():
+        with readable(path):
+            is_folder, is_there = path.is_dir(), path.exists()
+        if is_folder:
             found = images_below(path)
             if not found:
                 raise BadInput(f"{path}: expected images, got a folder without any")
             yield from ((file, file.relative_to(path).with_suffix("")) for file in found)
             continue
-        files = [path] if path.exists() else [Path(match) for match in sorted(glob.glob(given, recursive=True))]
+        files = [path] if is_there else [Path(match) for match in sorted(glob.glob(given, recursive=True))]
         if not files:
             raise BadInput(f"{given}: expected a file, a folder or a pattern, and nothing matches it")
         yield from ((file, Path(file.stem)) for file in files)
@@ -168,7 +170,9 @@ def predict_files(
     if unknown := set(outputs) - set(OUTPUTS):
         raise BadInput(f"outputs: expected some of {', '.join(OUTPUTS)}, got {', '.join(sorted(unknown))}")
     for path in (_output(out, output, file, name) for file, name in files.items() for output in outputs):
-        if path.exists() and not overwrite:
+        with readable(path):
+            taken = path.exists()
+        if taken and not overwrite:
             raise BadInput(f"{path}: there already; --overwrite replaces it")
     for file, name in files.items():
         paths = {output: _output(out, output, file, name) for output in outputs}
