@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import struct
+import zlib
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -87,11 +89,61 @@ def test_images_of_another_kind_are_refused_by_name(tmp_path, mode):
         read_image(path)
 
 
-def test_a_palette_with_transparency_is_refused_as_an_image_only(tmp_path):
-    Image.new("P", (4, 4)).save(tmp_path / "x.png", transparency=0)
-    with pytest.raises(BadInput, match="got mode P with transparency"):
-        read_image(tmp_path / "x.png")
-    assert read_mask(tmp_path / "x.png").shape == (4, 4)
+def png(path: Path, depth: int, colour: int, row: bytes, **more: bytes) -> Path:
+    """A PNG of one row, of a kind that Pillow does not write.
+
+    Args:
+        depth, colour: IHDR's bit depth and colour type (0 grey, 2 RGB, 3 palette).
+        more: Further chunks by name.
+    """
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    width = 8 * len(row) // (depth * (3 if colour == 2 else 1))
+    chunks = [chunk(b"IHDR", struct.pack(">IIBBBBB", width, 1, depth, colour, 0, 0, 0))]
+    chunks += [chunk(name.encode(), content) for name, content in more.items()]
+    chunks += [chunk(b"IDAT", zlib.compress(b"\0" + row)), chunk(b"IEND", b"")]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+    return path
+
+
+@pytest.mark.parametrize(
+    "depth, colour, more, message",
+    [
+        (16, 2, {}, "mode RGB with 16 bits"),
+        (8, 2, {"tRNS": bytes(6)}, "mode RGB with transparency"),
+        (8, 0, {"tRNS": bytes(2)}, "mode L with transparency"),
+        (8, 3, {"PLTE": bytes(6), "tRNS": bytes(1)}, "mode P with transparency"),
+        (1, 0, {"tRNS": bytes(2)}, "mode 1 with transparency"),
+    ],
+    ids=["RGB-16", "RGB", "L", "P", "1"],
+)
+def test_depth_and_transparency_that_the_mode_does_not_tell_are_refused(tmp_path, depth, colour, more, message):
+    with pytest.raises(BadInput, match=rf"x\.png: expected an 8-bit RGB or grey image, got {message}"):
+        read_image(png(tmp_path / "x.png", depth, colour, bytes(12), **more))
+    if depth != 16:
+        opaque = {name: content for name, content in more.items() if name != "tRNS"}
+        assert not read_image(png(tmp_path / "x.png", depth, colour, bytes(12), **opaque)).any()
+
+
+def test_16_bits_of_a_ppm_are_refused(tmp_path):
+    (tmp_path / "x.ppm").write_bytes(b"P6 2 1 65535\n" + bytes(12))
+    with pytest.raises(BadInput, match=r"x\.ppm: .*, got mode RGB with 16 bits"):
+        read_image(tmp_path / "x.ppm")
+    (tmp_path / "x.ppm").write_bytes(b"P6 2 1 255\n" + bytes(6))
+    assert read_image(tmp_path / "x.ppm").shape == (3, 1, 2)
+
+
+def test_transparency_of_a_mask_says_nothing(tmp_path):
+    assert read_mask(png(tmp_path / "x.png", 8, 3, b"\0\1", PLTE=bytes(6), tRNS=bytes(1))).tolist() == [[0, 1]]
+
+
+@pytest.mark.parametrize("name", ["x.jpg", "x.webp", "x.bmp", "x.tif", "x.png", "x.ppm", "x.gif"])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_images_of_8_bits_are_read(tmp_path, name, mode):
+    Image.new(mode, (4, 3), 100 if mode == "L" else (100, 100, 100)).save(tmp_path / name)
+    assert (read_image(tmp_path / name).float() - 100).abs().max() <= 2
 
 
 def damaged(path: Path) -> None:
@@ -158,11 +210,9 @@ def test_a_folder_without_rights(data, ordinary_rights, locked):
         (data / kind / "train" / "deep").mkdir()
         (data / kind / "train" / "001.png").rename(data / kind / "train" / "deep" / "001.png")
     assert len(open_split(data, "folder", "train")) == 5
-    with without_rights(data / locked):
-        with pytest.raises(
-            BadInput, match=rf"{locked}.*: expected a file or folder that can be read, got no permission"
-        ):
-            open_split(data, "folder", "train")
+    message = rf"{locked}.*: expected a file or folder that can be read, got no permission"
+    with without_rights(data / locked), pytest.raises(BadInput, match=message):
+        open_split(data, "folder", "train")
 
 
 def test_sizes_and_values_are_checked(data):

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 from torch import Tensor
 
 from refinenet_fast import files
@@ -109,15 +109,14 @@ def read_mask(path: Path) -> Tensor:  # (H, W) int64
 
 
 @contextmanager
-def _opened(path: Path, modes: tuple[str, ...], expected: str) -> Iterator[Image.Image]:
+def _opened(path: Path, modes: tuple[str, ...], expected: str) -> Iterator[ImageFile.ImageFile]:
     """An open image, whatever Pillow says of it there and within the block made one line."""
     try:
         with Image.open(path) as image:
-            # In a mask, what colour an index has says nothing.
-            transparent = image.mode == "P" and "transparency" in image.info and modes is IMAGE_MODES
-            if image.mode not in modes or transparent:
-                mode = "P with transparency" if transparent else image.mode
-                raise Unreadable(f"{path}: expected {expected}, got mode {mode}")
+            if image.mode not in modes:
+                raise Unreadable(f"{path}: expected {expected}, got mode {image.mode}")
+            if modes is IMAGE_MODES and (more := _more_than_colour(image)):
+                raise Unreadable(f"{path}: expected {expected}, got mode {image.mode} with {more}")
             yield image
     except FileNotFoundError as error:
         raise Unreadable(f"{path}: there is no such file") from error
@@ -126,6 +125,22 @@ def _opened(path: Path, modes: tuple[str, ...], expected: str) -> Iterator[Image
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow raises all of them
         reason = first_line(error)
         raise Unreadable(f"{path}: expected an image, got a file that cannot be decoded ({reason})") from error
+
+
+def _more_than_colour(image: ImageFile.ImageFile) -> str:
+    """What of an image's content its mode does not say and 8 bits of a colour lose; "" where there is nothing."""
+    if "transparency" in image.info:
+        return "transparency"
+    raw, *rest = _as_stored(image)
+    from_65536 = image.format == "PPM" and any(isinstance(largest, int) and largest > 255 for largest in rest)
+    return "16 bits" if from_65536 or (raw.startswith("RGB") and ";16" in raw) else ""
+
+
+def _as_stored(image: ImageFile.ImageFile) -> tuple[Any, ...]:
+    """Pillow's name of how pixels lie in the file, such as ``"RGB;16B"``, and what its decoder is told beside it."""
+    found = image.tile[0][3] if image.tile else ""
+    name, *rest = found if isinstance(found, tuple) and found else (found,)
+    return str(name), *rest
 
 
 @contextmanager
