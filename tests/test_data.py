@@ -135,6 +135,20 @@ def test_16_bits_of_a_ppm_are_refused(tmp_path):
     assert read_image(tmp_path / "x.ppm").shape == (3, 1, 2)
 
 
+@pytest.mark.parametrize(
+    "depth, row, expected",
+    [
+        (1, b"\xa0", [1, 0, 1, 0, 0, 0, 0, 0]),
+        (2, b"\x1b\x00", [0, 1, 2, 3, 0, 0, 0, 0]),
+        (4, b"\x01\x2f", [0, 1, 2, 15]),
+    ],
+)
+def test_a_mask_of_few_bits_holds_classes(tmp_path, depth, row, expected):
+    """Grey, as tools that shrink PNGs leave it, and a palette's indices."""
+    assert read_mask(png(tmp_path / "grey.png", depth, 0, row)).tolist() == [expected]
+    assert read_mask(png(tmp_path / "palette.png", depth, 3, row, PLTE=bytes(48))).tolist() == [expected]
+
+
 def test_transparency_of_a_mask_says_nothing(tmp_path):
     assert read_mask(png(tmp_path / "x.png", 8, 3, b"\0\1", PLTE=bytes(6), tRNS=bytes(1))).tolist() == [[0, 1]]
 

@@ -22,6 +22,7 @@ from refinenet_fast.files import PARTIAL
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 IMAGE_MODES = ("RGB", "L", "P", "1")
 MASK_MODES = ("P", "L", "1", "I;16")
+_SPREAD = {"L;2": 85, "L;4": 17}  # what Pillow multiplies grey values of 2 and 4 bits by, so that the largest is 255
 _ORIENTATION = 0x0112  # EXIF's tag
 
 
@@ -105,7 +106,8 @@ def read_mask(path: Path) -> Tensor:  # (H, W) int64
         BadInput: It cannot be read or is damaged, or it is no palette or grey image.
     """
     with _opened(path, MASK_MODES, "a palette or grey image as a mask") as image:
-        return torch.from_numpy(np.array(image).astype(np.int64))
+        factor = _SPREAD.get(_as_stored(image)[0], 1)
+        return torch.from_numpy(np.array(image).astype(np.int64) // factor)
 
 
 @contextmanager
