@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from refinenet_fast.training.distributed import Told
-from refinenet_fast.training.files import BadInput, first_line, read_json, write_json
+from refinenet_fast.training.files import BadInput, first_line, read_json, unwritable, write_json
 from refinenet_fast.training.settings import TrainSettings, option_types
 
 app = typer.Typer(
@@ -112,7 +112,7 @@ def train(
     from refinenet_fast.training.loop import train as run_training
 
     if resume and (out / "settings.json").exists():
-        before = TrainSettings.from_json(read_json(out / "settings.json"))
+        before = _settings_in(out / "settings.json")
         given = {name: value for name, value in options.items() if _was_given(context, name)}
         if data is not None:
             given["data"] = data
@@ -123,6 +123,13 @@ def train(
         settings = TrainSettings(data, **options)
     with _bars() as bars:
         run_training(settings, out, resume=resume, overwrite=overwrite, say=_say, progress=bars)
+
+
+def _settings_in(file: Path) -> TrainSettings:
+    try:
+        return TrainSettings.from_json(read_json(file))
+    except (AttributeError, TypeError, ValueError) as error:  # JSON, but not such
+        raise BadInput(f"{file}: expected a run's settings, got {first_line(error)}") from error
 
 
 def _was_given(context: typer.Context, name: str) -> bool:
@@ -288,7 +295,7 @@ def export(
     except ImportError as error:
         raise BadInput(str(error)) from error
     except OSError as error:
-        raise BadInput(f"{out}: cannot be written: {error.strerror or error}") from error
+        raise unwritable(out, error) from error
     if description.scale != 1:
         _say(f"it was trained on images scaled by {description.scale:g}: scale them before it sees them")
     _say(f"written: {out}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -130,6 +131,10 @@ def of_mode(mode: str):
     return change
 
 
+def latin_names(data: Path) -> None:
+    (data / "classes.txt").write_bytes("Straße\n".encode("latin-1"))
+
+
 def no_images(data: Path) -> None:
     for file in (data / "images" / "train").iterdir():
         file.unlink()
@@ -148,8 +153,9 @@ def no_images(data: Path) -> None:
         (of_mode("RGBA"), "got mode RGBA"),
         (of_mode("I;16"), "got mode I;16"),
         (no_images, "got an empty one"),
+        (latin_names, "classes.txt: expected class names in UTF-8, one a line, got 'utf-8' codec can't decode"),
     ],
-    ids=["no-mask", "no-image", "size", "value", "truncated", "alpha", "16-bit", "empty"],
+    ids=["no-mask", "no-image", "size", "value", "truncated", "alpha", "16-bit", "empty", "latin-1"],
 )
 def test_bad_data_is_one_line_before_anything_is_written(command, tmp_path, spoil, message):
     data = samples(tmp_path / "samples", 2, 1)
@@ -166,6 +172,14 @@ def test_bad_data_is_one_line_before_anything_is_written(command, tmp_path, spoi
         ("train --out {new}", "data: expected the folder of a data set, got none"),
         ("train {data} --resume --lr 7 --out {run}", "lr: expected 0.005, as the run in"),
         ("train {data} --out {new} --trunk resnet19", "trunk: expected the name of a timm model, got 'resnet19'"),
+        ("train {data} --out {new} --device mps", "device: expected auto, cpu, cuda or cuda:<n>, got 'mps'"),
+        ("evaluate {data} --model {run} --device meta", "device: expected auto, cpu, cuda or cuda:<n>, got 'meta'"),
+        (
+            "train {data} --out {new} --seed 9223372036854775808",
+            "seed: expected 0 or more and less than 2**63, got 922",
+        ),
+        ("train {data} --out {new} --seed -1", "seed: expected 0 or more and less than 2**63, got -1"),
+        ("evaluate {data} --model {run} --scales 1,nan", "scales: expected positive numbers, got (1.0, nan)"),
         ("train {data} --out {new} --weights {run}/log.csv", "expected a model file that"),
         ("evaluate {data} --model {run} --num-classes 7", "num_classes: expected 5, as"),
         ("evaluate {data} --model {run} --scales 1,big", "scales: expected numbers such as 0.75,1,1.25, got '1,big'"),
@@ -186,6 +200,30 @@ def test_bad_options_are_one_line_and_nothing_is_overwritten(command, trained, t
     assert code == 1 and err.startswith("error: ") and message in err and err.count("\n") == 1
     assert before == {file: file.read_bytes() for file in data.parent.rglob("*") if file.is_file()}
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "content", ["{}", "[]", '{"data": 5}', '{"data": "x", "epochs": "many"}', '{"data": "x", "crop": 3}']
+)
+def test_settings_of_no_run_are_one_line(command, trained, tmp_path, content):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "settings.json").write_text(content)
+    code, _, err = command("train", trained[0], "--resume --out", tmp_path / "run")
+    assert code == 1 and err.startswith(f"error: {tmp_path}/run/settings.json: expected a run's settings, got ")
+    assert err.count("\n") == 1 and (tmp_path / "run" / "settings.json").read_text() == content
+
+
+@pytest.mark.parametrize("network", [{"heads": 3}, {"trunk": "resnet19"}, {"width": -8}])
+def test_a_model_file_of_an_unknown_network_is_one_line(command, trained, tmp_path, network):
+    from refinenet_fast.training.model_file import load_model, save_model
+
+    data, run = trained
+    model, description = load_model(run)
+    unknown = dataclasses.replace(description, network=description.network | network)
+    save_model(tmp_path / "other.safetensors", model, unknown)
+    code, _, err = command("evaluate", data, "--model", tmp_path / "other.safetensors")
+    assert code == 1 and err.count("\n") == 1
+    assert err.startswith(f"error: {tmp_path}/other.safetensors: expected a network that this version can build, got ")
 
 
 @pytest.mark.parametrize(

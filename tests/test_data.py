@@ -268,6 +268,9 @@ def test_cityscapes(tmp_path):
     split = open_split(tmp_path, "cityscapes", "train")
     assert len(split.class_names) == 19 and split.class_names[13] == "car"
     assert split.read(0)[1].tolist() == [[0, 13, 255]]
+    Image.fromarray(np.array([[7, 26, 300]], dtype=np.uint16)).save(mask)
+    with pytest.raises(BadInput, match=r"bonn_000000_000019_gtFine_labelIds\.png: .* label ids, below 256, got 300"):
+        split.read(0)
 
 
 def test_sbd(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -113,7 +114,17 @@ def test_the_confusion_matrix_as_a_picture(tmp_path):
             assert min(picture.size) > 300
 
 
-@pytest.mark.parametrize("options", [{"scales": ()}, {"scales": (0.0,)}, {"tile": 64, "overlap": 64}, {"tile": -1}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"scales": ()},
+        {"scales": (0.0,)},
+        {"scales": (math.nan,)},
+        {"scales": (1.0, math.inf)},
+        {"tile": 64, "overlap": 64},
+        {"tile": -1},
+    ],
+)
 def test_what_cannot_be(segment, options):
     with pytest.raises(BadInput, match=r"(scales|overlap): expected .*, got"):
         replace(segment, **options)

@@ -169,7 +169,7 @@ def film(path: Path, size: tuple[int, int] = (22, 31), count: int = 5) -> Path:
         video.Frame(np.full((*size, 3), 255 * k // (count - 1), np.uint8), k + (k == count - 1), Fraction(1, 10))
         for k in range(count)
     ]
-    with video.writing(path, frames[0]) as writer:
+    with video.writing(path, frames[0], path) as writer:
         for frame in frames:
             writer.write(frame)
     return path
@@ -207,6 +207,24 @@ def test_a_video_that_breaks_off_leaves_nothing(segment, tmp_path, monkeypatch):
     results = dict(predict_files(segment, find_inputs([str(path), str(image)]), tmp_path / "out"))
     assert str(results[path]) == f"{path}: broken" and results[image] is None
     assert {p.name for p in (tmp_path / "out").rglob("*") if p.is_file()} == {"b.png"}
+
+
+def test_a_video_that_no_mp4_can_hold_is_skipped(segment, tmp_path):
+    """Of 20,000 pixels a row, which H.264 and MPEG-4 do not know."""
+    av = pytest.importorskip("av")
+    path, image = tmp_path / "in" / "wide.mkv", photo(tmp_path / "in" / "b.png")
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("ffv1", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 20000, 2, "yuv420p"
+        frame = av.VideoFrame.from_ndarray(np.zeros((2, 20000, 3), np.uint8), format="rgb24")
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    results = dict(predict_files(segment, find_inputs([str(path), str(image)]), tmp_path / "out"))
+    assert (
+        str(results[path]).startswith(f"{path}: expected frames that an MP4 can hold, got ") and results[image] is None
+    )
+    assert {p.name for p in (tmp_path / "out").rglob("*") if p.is_file()} == {"b.png"}
+    assert dict(predict_files(segment, find_inputs([str(path)]), tmp_path / "classes", ["classes"])) == {path: None}
 
 
 @pytest.mark.parametrize("content", [b"", b"no video at all", b"cut"])

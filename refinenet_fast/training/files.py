@@ -156,9 +156,13 @@ def whole(path: Path) -> Iterator[BinaryIO]:
         with files.whole(path) as file:
             yield file
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        reason = "the disk is full" if full else error.strerror or str(error)
-        raise BadInput(f"{path}: cannot be written: {reason}") from error
+        raise unwritable(path, error) from error
+
+
+def unwritable(path: Path, error: OSError) -> BadInput:
+    """What is said of a file or folder that the system would not write."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return BadInput(f"{path}: cannot be written: {'the disk is full' if full else error.strerror or first_line(error)}")
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
@@ -181,7 +185,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(path, ignore_errors=True)
         os.replace(partial, path)
     except OSError as error:
-        raise BadInput(f"{path}: cannot be written: {error.strerror or error}") from error
+        raise unwritable(path, error) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

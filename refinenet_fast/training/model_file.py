@@ -60,14 +60,17 @@ def load_model(path: Path, num_classes: int | None = None) -> tuple[RefineNet, D
         num_classes: What the caller expects, or None.
 
     Raises:
-        BadInput: It is no model file, or is damaged, or has another number of classes.
+        BadInput: It is no model file, or is damaged, is of an unknown network, or has another number of classes.
     """
     with readable(path):
         path = _in_folder(path)
     state, description = read_model(path)
     if num_classes not in (None, description.num_classes):
         raise BadInput(f"num_classes: expected {description.num_classes}, as {path} has, got {num_classes}")
-    model = RefineNet(description.num_classes, **description.network)
+    try:
+        model = RefineNet(description.num_classes, **description.network)
+    except (TypeError, ValueError, ImportError, RuntimeError) as error:
+        raise BadInput(f"{path}: expected a network that this version can build, got {first_line(error)}") from error
     if any(v.dtype == torch.float64 for v in state.values()):
         model.double()
     load_weights(model, state, path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -64,7 +65,7 @@ class Segmenter:
     def __post_init__(self) -> None:
         if self.tile < 0 or (self.tile and not 0 <= self.overlap < self.tile):
             raise BadInput(f"overlap: expected 0 or more and less than the tile's {self.tile}, got {self.overlap}")
-        if not self.scales or min(self.scales) <= 0:
+        if not self.scales or not all(0 < scale < math.inf for scale in self.scales):
             raise BadInput(f"scales: expected positive numbers, got {tuple(self.scales)}")
 
     @torch.inference_mode()
@@ -206,7 +207,7 @@ def _predict_image(segment: Segmenter, file: Path, paths: Mapping[str, Path]) ->
 
 
 def _predict_video(segment: Segmenter, file: Path, paths: Mapping[str, Path]) -> None:
-    """Frame by frame; where a frame cannot be decoded, nothing of the whole video is written."""
+    """Frame by frame; where a frame cannot be decoded or encoded, nothing of the whole video is written."""
     colours = palette(segment.description.num_classes)
     videos: dict[str, video.Writer] = {}
     with ExitStack() as stack:
@@ -219,7 +220,7 @@ def _predict_video(segment: Segmenter, file: Path, paths: Mapping[str, Path]) ->
             shown = {"colour": colour, "overlay": overlaid(frame.pixels, colour)}
             for output in shown.keys() & paths.keys():
                 if output not in videos:
-                    videos[output] = stack.enter_context(video.writing(paths[output], frame))
+                    videos[output] = stack.enter_context(video.writing(paths[output], frame, file))
                 videos[output].write(frame._replace(pixels=shown[output]))
 
 
