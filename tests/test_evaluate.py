@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -112,6 +113,31 @@ def test_the_confusion_matrix_as_a_picture(tmp_path):
         save_confusion(tmp_path / f"{classes}.png", matrix, [f"class {k}" for k in range(classes)])
         with Image.open(tmp_path / f"{classes}.png") as picture:
             assert min(picture.size) > 300
+
+
+def test_rows_of_the_picture_are_true_classes_and_columns_predicted_ones(tmp_path, monkeypatch):
+    """Ten pixels of a are taken for b, none of b for a: the square in a's row and b's column alone is dark."""
+    from matplotlib.figure import Figure
+
+    figures, save = [], Figure.savefig
+
+    def note(figure: Figure, *args: Any, **options: Any) -> None:
+        figures.append(figure)
+        save(figure, *args, **options)
+
+    monkeypatch.setattr(Figure, "savefig", note)
+    save_confusion(tmp_path / "x.png", torch.tensor([[0, 10], [0, 0]]), ["a", "b"])
+    axes = figures[0].axes[0]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted", "true")
+    for axis in (axes.xaxis, axes.yaxis):
+        assert [label.get_text() for label in axis.get_ticklabels()] == ["a", "b"]
+    with Image.open(tmp_path / "x.png") as picture:
+        brightness = np.array(picture.convert("L"))
+    for row in range(2):
+        for column in range(2):
+            x, y = axes.transData.transform((column + 0.3, row + 0.3))  # beside the number
+            dark = brightness[len(brightness) - 1 - int(y), int(x)] < 100
+            assert dark == ((row, column) == (0, 1)), (row, column)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import multiprocessing
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,6 +51,12 @@ def settings(data: Path, **options: Any) -> TrainSettings:
         "lr": 0.005,
     }
     return TrainSettings(data, **{**small, **options})
+
+
+def losses(run: Path) -> list[float]:
+    """Of every step that the run has logged."""
+    with (run / "log.csv").open(newline="") as file:
+        return [float(row["loss"]) for row in csv.DictReader(file) if row["loss"]]
 
 
 def train_quietly(wanted: TrainSettings, out: Path, resume: bool = False, environment: Any = None) -> None:
