@@ -173,11 +173,13 @@ def evaluate(
     split: Annotated[str, typer.Option(help="The split that is scored.")] = "val",
     out: Annotated[Path | None, typer.Option(help="Folder for scores.json and confusion.png.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace those that are there.")] = False,
-    ignore_value: Annotated[int, typer.Option(help="Value of a mask's pixels that are not labelled.")] = 255,
+    ignore_value: Annotated[
+        int | None, typer.Option(help="Value of a mask's pixels that are not labelled; by default as in training.")
+    ] = None,
     num_classes: NumClasses = None,
     scales: Scales = "1",
     flip: Flip = False,
-    tile: Tile = 0,
+    tile: Tile = 1024,
     overlap: Overlap = 256,
     device: Device = "auto",
     workers: Annotated[int, typer.Option(help="Processes that load data.")] = 1,
@@ -194,12 +196,13 @@ def evaluate(
     with ranks(device) as group:
         segment = _segmenter(model, num_classes, scales, flip, tile, overlap, group.device)
         names = segment.description.class_names
-        files = dataclasses.replace(open_split(data, layout, split), num_classes=len(names), ignore_value=ignore_value)
+        ignored = segment.description.ignore_value if ignore_value is None else ignore_value
+        files = dataclasses.replace(open_split(data, layout, split), num_classes=len(names), ignore_value=ignored)
         with _bars() as bars:
             matrix = evaluation.evaluate(
                 segment,
                 files,
-                ignore_value,
+                ignored,
                 workers=workers,
                 rank=group.rank,
                 world=group.world,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import re
 import subprocess
@@ -21,6 +22,7 @@ from PIL import Image
 
 from refinenet_fast import RefineNet, cli
 from refinenet_fast.backends import table
+from refinenet_fast.training.prediction import Segmenter
 from refinenet_fast.training.settings import TrainSettings, option_types
 from training_runs import samples, without_rights
 
@@ -98,6 +100,33 @@ def test_from_nothing_to_a_mask(command, tmp_path):
     assert len(list((tmp_path / "masks").rglob("*.png"))) == 6
 
 
+def test_evaluate_finds_what_training_has_logged(command, tmp_path):
+    """At the scale and with the ignore value of training, neither given again; and of that size tiles are cut."""
+    from refinenet_fast.training.loop import train
+    from refinenet_fast.training.model_file import load_model
+    from training_runs import log, settings
+
+    data = samples(tmp_path / "samples", 3, 2)
+    for mask in (data / "masks").rglob("*.png"):
+        values = np.array(Image.open(mask))
+        Image.fromarray(np.where(values == 255, 5, values)).save(mask)
+    train(settings(data, epochs=1, val_scale=0.5, ignore_value=5, lr=0.05), tmp_path / "run")
+    assert load_model(tmp_path / "run")[1].scale == 0.5
+    code, out, err = command("evaluate", data, "--model", tmp_path / "run/last.safetensors", "--device cpu")
+    assert code == 0, err
+    (logged,) = [row for row in log(tmp_path / "run") if row["miou"]]
+    for score in ("miou", "pixel_accuracy", "mean_accuracy"):
+        assert json.loads(out)[score] == pytest.approx(float(logged[score]), abs=1e-3)
+    code, _, err = command("evaluate", data, "--model", tmp_path / "run", "--ignore-value 255")
+    assert code == 1 and "expected classes 0 to 4, or 255 where unlabelled, got 5" in err
+
+
+@pytest.mark.parametrize("words", ["evaluate", "predict"])
+def test_validation_and_the_commands_cut_the_same_tiles(words):
+    options = inspect.signature(getattr(cli, words)).parameters
+    assert (options["tile"].default, options["overlap"].default) == (Segmenter.tile, Segmenter.overlap)
+
+
 def test_predict_says_with_its_exit_code_that_a_file_was_skipped(command, trained, tmp_path):
     data, run = trained
     bad = tmp_path / "bad.jpg"
@@ -135,6 +164,14 @@ def latin_names(data: Path) -> None:
     (data / "classes.txt").write_bytes("Straße\n".encode("latin-1"))
 
 
+def other_order(data: Path) -> None:
+    (data / "classes.txt").write_text("ground\nsquare\ndisc\ntriangle\nbar\n")
+
+
+def more_names(data: Path) -> None:
+    (data / "classes.txt").write_text("\n".join("abcdefg"))
+
+
 def no_images(data: Path) -> None:
     for file in (data / "images" / "train").iterdir():
         file.unlink()
@@ -163,6 +200,20 @@ def test_bad_data_is_one_line_before_anything_is_written(command, tmp_path, spoi
     code, out, err = command("train", data, "--out", tmp_path / "run", SMALL)
     assert code == 1 and message in err and err.count("\n") == 1 and err.startswith("error: ") and not out
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (other_order, "val: expected 'disc' as class 1, as the network has it, got 'square'"),
+        (more_names, "val: expected 5 classes, as the network has, got 7"),
+    ],
+)
+def test_a_data_set_of_other_classes_is_not_scored(command, trained, tmp_path, spoil, message):
+    data = samples(tmp_path / "samples", 1, 1)
+    spoil(data)
+    code, out, err = command("evaluate", data, "--model", trained[1])
+    assert code == 1 and err == f"error: {message}\n" and not out
 
 
 @pytest.mark.parametrize(

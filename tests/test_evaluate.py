@@ -29,6 +29,11 @@ from training_runs import samples
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
+@pytest.fixture(autouse=True)
+def _one_thread(one_thread):
+    """The networks are tiny."""
+
+
 @pytest.fixture(scope="module")
 def segment() -> Segmenter:
     torch.manual_seed(0)
@@ -85,6 +90,14 @@ def test_the_ignore_value_may_be_the_number_behind_the_classes(segment, tmp_path
         evaluate(segment, replace(split, num_classes=5, ignore_value=255), 255)
 
 
+def test_a_network_without_names_scores_any_data_set_of_as_many_classes(segment, tmp_path):
+    split = open_split(samples(tmp_path / "samples", 1, 1), "folder", "val")
+    numbered = replace(segment, description=replace(segment.description, class_names=list("01234")))
+    expected = evaluate(segment, split, 255)
+    assert torch.equal(evaluate(numbered, split, 255), expected)
+    assert torch.equal(evaluate(segment, replace(split, class_names=None), 255), expected)
+
+
 @pytest.mark.parametrize("scales, flip", [((0.5,), False), ((0.75, 1.5), False), ((1.0,), True), ((0.5, 1.0), True)])
 def test_probabilities_are_averaged_over_scales_and_mirror_images(segment, scales, flip):
     from torchvision.transforms import v2
@@ -105,6 +118,14 @@ def test_probabilities_are_averaged_over_scales_and_mirror_images(segment, scale
     found = replace(segment, scales=scales, flip=flip)(image)
     assert found.shape == (37, 50) and found.dtype == torch.uint8
     assert (found == total.argmax(1)[0]).float().mean() > 0.999  # ties
+
+
+def test_images_are_seen_at_the_scale_of_training(segment):
+    image = torch.randint(256, (3, 37, 50), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    trained = replace(segment, description=replace(segment.description, scale=0.5))
+    assert torch.equal(trained(image), replace(segment, scales=(0.5,))(image))
+    assert torch.equal(replace(trained, scales=(2.0,), flip=True)(image), replace(segment, flip=True)(image))
+    assert not torch.equal(trained(image), segment(image))
 
 
 def test_the_confusion_matrix_as_a_picture(tmp_path):

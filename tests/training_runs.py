@@ -53,10 +53,15 @@ def settings(data: Path, **options: Any) -> TrainSettings:
     return TrainSettings(data, **{**small, **options})
 
 
+def log(run: Path) -> list[dict[str, str]]:
+    """The rows of a run's log."""
+    with (run / "log.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def losses(run: Path) -> list[float]:
     """Of every step that the run has logged."""
-    with (run / "log.csv").open(newline="") as file:
-        return [float(row["loss"]) for row in csv.DictReader(file) if row["loss"]]
+    return [float(row["loss"]) for row in log(run) if row["loss"]]
 
 
 def train_quietly(wanted: TrainSettings, out: Path, resume: bool = False, environment: Any = None) -> None:

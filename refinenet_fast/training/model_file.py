@@ -27,6 +27,7 @@ class Description:
         class_names: One a class.
         mean, std: What images are normalised with.
         scale: What images are scaled by before the network sees them.
+        ignore_value: Of the pixels that were not labelled in the masks it was trained on.
     """
 
     network: dict[str, Any]
@@ -34,6 +35,7 @@ class Description:
     mean: list[float]
     std: list[float]
     scale: float = 1.0
+    ignore_value: int = 255
 
     @property
     def num_classes(self) -> int:
