@@ -195,6 +195,16 @@ def test_a_video(segment, tmp_path):
     assert list(predict_files(segment, found, tmp_path / "out", ["classes"], overwrite=True)) == [(path, None)]
 
 
+def test_no_result_lies_in_a_videos_folder(segment, tmp_path):
+    """classes/a/x.png of in/a/x.png, and the folder classes/a of the frames of a.mp4, which would take its place."""
+    path, image = film(tmp_path / "a.mp4"), photo(tmp_path / "in" / "a" / "deep" / "x.png")
+    for inputs in ((image.parents[2], path), (path, image.parents[2])):
+        with pytest.raises(BadInput, match=r"x\.png: expected a name outside the folder of .*a\.mp4's frames"):
+            find_inputs([str(given) for given in inputs])
+    other = photo(tmp_path / "a.d" / "a.png")
+    assert find_inputs([str(image.parents[2]), str(other)]) == {image: Path("a/deep/x"), other: Path("a")}
+
+
 def test_a_video_that_breaks_off_leaves_nothing(segment, tmp_path, monkeypatch):
     path, image = film(tmp_path / "in" / "a.mp4"), photo(tmp_path / "in" / "b.png")
     whole = video.frames

@@ -120,7 +120,7 @@ def find_inputs(inputs: Sequence[str]) -> dict[Path, Path]:
     """Image file -> the name its results get, without suffix; of files, folders and patterns such as ``"*.jpg"``.
 
     Raises:
-        BadInput: One matches nothing, or two files would get the same name.
+        BadInput: One matches nothing, or two files would get the same name, or one's would lie among a video's frames.
     """
     named: dict[Path, Path] = {}
     taken: dict[Path, Path] = {}
@@ -129,6 +129,11 @@ def find_inputs(inputs: Sequence[str]) -> dict[Path, Path]:
         if other != file:
             raise BadInput(f"{file}: expected a name of its own, got the same as {other}: predict them apart")
         named[file] = name
+    for file, name in named.items():
+        for folder in name.parents:
+            if folder in taken and _is_video(taken[folder]):
+                message = f"a name outside the folder of {taken[folder]}'s frames, got one within: predict them apart"
+                raise BadInput(f"{file}: expected {message}")
     return named
 
 
