@@ -78,7 +78,8 @@ def open_split(root: Path, layout: str, split: str) -> Split:
             ``classes.txt`` if it is there), or ``"voc"``, ``"sbd"``, ``"cityscapes"`` as torchvision expects them.
 
     Raises:
-        BadInput: An image lacks its mask or a mask its image, the split is empty, ``root`` is no such data set.
+        BadInput: An image lacks its mask or a mask its image, or is no PNG; the split is empty; ``root`` is no such
+            data set.
     """
     if layout not in LAYOUTS:
         raise BadInput(f"layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}")
@@ -91,6 +92,9 @@ def open_split(root: Path, layout: str, split: str) -> Split:
 def _folder(root: Path, split: str) -> Split:
     images_folder, masks_folder = root / "images" / split, root / "masks" / split
     images, masks = images_below(images_folder), images_below(masks_folder)
+    for mask in masks:
+        if mask.suffix.lower() != ".png":
+            raise BadInput(f"{mask}: expected a PNG as a mask, got {mask.suffix}")
     by_name = _by_name(images, images_folder)
     masks_by_name = _by_name(masks, masks_folder)
     for name, image in by_name.items():

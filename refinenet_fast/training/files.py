@@ -23,7 +23,6 @@ SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 IMAGE_MODES = ("RGB", "L", "P", "1")
 MASK_MODES = ("P", "L", "1", "I;16")
 _SPREAD = {"L;2": 85, "L;4": 17}  # what Pillow multiplies grey values of 2 and 4 bits by, so that the largest is 255
-_ORIENTATION = 0x0112  # EXIF's tag
 
 
 class BadInput(Exception):
@@ -75,17 +74,6 @@ def images_below(folder: Path) -> list[Path]:
             got = "there is none" if isinstance(error, FileNotFoundError) else "got a file"
             raise BadInput(f"{folder}: expected a folder, {got}") from error
     return sorted(path for path in files if path.suffix.lower() in SUFFIXES)
-
-
-def image_size(path: Path) -> tuple[int, int]:
-    """Height and width as :func:`read_image` gives them, from the file's header alone.
-
-    Raises:
-        BadInput: It is no image, or of a kind that :func:`read_image` refuses.
-    """
-    with _opened(path, IMAGE_MODES, "an 8-bit RGB or grey image") as image:
-        turned = image.getexif().get(_ORIENTATION, 1) >= 5  # by a quarter
-        return (image.width, image.height) if turned else (image.height, image.width)
 
 
 def read_image(path: Path) -> Tensor:  # (3, H, W) uint8
