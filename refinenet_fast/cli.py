@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, get_origin
 
@@ -251,20 +252,25 @@ def predict(
     A file that cannot be read is reported and skipped; the exit code is then 3.
     """
     from refinenet_fast.training.distributed import ranks
-    from refinenet_fast.training.prediction import find_inputs, predict_files
+    from refinenet_fast.training.prediction import check_results, find_inputs, predict_files
 
-    files = find_inputs(inputs)
+    files, wanted = find_inputs(inputs), outputs.split(",")
     with ranks(device) as group:
         segment = _segmenter(model, num_classes, scales, flip, tile, overlap, group.device)
+        group.on_first(lambda: check_results(files, out, wanted, overwrite))  # before another rank has written any
+        mine = dict(islice(files.items(), group.rank, None, group.world))
         skipped = []
         with _bars() as bars:
-            results = predict_files(segment, files, out, outputs.split(","), overwrite)
-            for file, problem in bars("predict", results, len(files)):
+            results = predict_files(segment, mine, out, wanted, overwrite=True)
+            for file, problem in bars("predict", results, len(mine)):
                 if problem is not None:
                     print(f"skipped: {problem}", file=sys.stderr)
                     skipped.append(file)
-    _say(f"{len(files) - len(skipped)} of {len(files)} files: {out}")
-    if skipped:
+        count = sum(group.gather(len(skipped)))
+    if not group.first:
+        return
+    _say(f"{len(files) - count} of {len(files)} files: {out}")
+    if count:
         raise typer.Exit(SKIPPED)
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +26,7 @@ from refinenet_fast import RefineNet, cli
 from refinenet_fast.backends import table
 from refinenet_fast.training.prediction import Segmenter
 from refinenet_fast.training.settings import TrainSettings, option_types
-from training_runs import samples, without_rights
+from training_runs import processes, samples, without_rights
 
 SMALL = "--trunk test_resnet --no-pretrained --width 8 --crop 40 40 --batch 2 --epochs 1 --workers 0 --device cpu"
 
@@ -84,6 +86,29 @@ def test_the_documented_recipes_are_commands(command, monkeypatch, tmp_path, tru
     RefineNet(11, **settings.network())
 
 
+README = Path(__file__).parents[1] / "README.md"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not README.exists(), reason="README.md is not beside the tests")
+def test_readmes_commands(command, monkeypatch, tmp_path):
+    """As they stand there, but for the number of epochs; and what each says that it leaves."""
+    pytest.importorskip("onnxscript")
+    onnx = pytest.importorskip("onnx")
+    section = README.read_text().split("## From a folder of images to masks")[1].split("!")[0].replace("\\\n", " ")
+    lines = [line.split("#")[0].strip() for line in section.splitlines() if "refinenet-fast " in line]
+    assert [line.split()[1] for line in lines] == ["sample-data", "train", "evaluate", "predict", "export"]
+    monkeypatch.chdir(tmp_path)
+    for line in lines:
+        words = line.removeprefix("refinenet-fast ")
+        assert "train samples" not in words or "--epochs 25" in words
+        code, _, err = command(words.replace("--epochs 25", "--epochs 1"))
+        assert code == 0, err
+    assert json.loads(Path("scores/scores.json").read_text())["images"] == 8 and Path("scores/confusion.png").exists()
+    assert all(Path("masks", output, "003.png").exists() for output in ("classes", "colour", "overlay"))
+    assert [given.name for given in onnx.load("samples.onnx").graph.input] == ["images"]
+
+
 def test_from_nothing_to_a_mask(command, tmp_path):
     samples, run = tmp_path / "samples", tmp_path / "run"
     assert command("sample-data", samples, "--train 3 --val 2 --height 48 --width 64")[0] == 0
@@ -137,6 +162,60 @@ def test_predict_says_with_its_exit_code_that_a_file_was_skipped(command, traine
     assert (tmp_path / "out" / "classes" / "000.png").exists()
 
 
+def test_scores_are_not_overwritten_unasked(command, trained, tmp_path):
+    data, run = trained
+    for name in ("scores.json", "confusion.png"):
+        out = tmp_path / name / "out"
+        out.mkdir(parents=True)
+        (out / name).write_text("mine")
+        code, _, err = command("evaluate", data, "--model", run, "--out", out)
+        assert (code, err) == (1, f"error: {out / name}: there already; --overwrite replaces it\n")
+        assert [(file.name, file.read_text()) for file in out.iterdir()] == [(name, "mine")]
+    assert command("evaluate", data, "--model", run, "--out", out, "--overwrite")[0] == 0
+    assert (out / "scores.json").exists() and (out / "confusion.png").read_bytes() != b"mine"
+
+
+def run_on_a_rank(words: list[str], environment: dict[str, str], said: Path) -> None:
+    """The command in a process of its own, in torchrun's environment."""
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    sys.argv = ["refinenet-fast", *words]
+    with said.open("w") as sys.stderr:
+        cli.run()
+
+
+def on_two_ranks(words: list[str], folder: Path) -> tuple[list[int], list[list[str]]]:
+    """The exit codes, and what is said on stderr, line by line."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    started = []
+    for rank in ("0", "1"):
+        own = environment | {"RANK": rank, "LOCAL_RANK": rank}
+        started.append(processes().Process(target=run_on_a_rank, args=(words, own, folder / rank)))
+        started[-1].start()
+    for process in started:
+        process.join(240)
+    return [process.exitcode for process in started], [(folder / rank).read_text().splitlines() for rank in ("0", "1")]
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
+def test_ranks_share_the_files_of_a_prediction(trained, tmp_path):
+    """Each is written by one of two, and counted once; what is there already is said once, before any is written."""
+    images, out = samples(tmp_path / "samples", 3, 1) / "images" / "train", tmp_path / "out"
+    (images / "bad.png").write_bytes(b"no image")
+    words = ["predict", str(images), "--model", str(trained[1]), "--out", str(out), "--device", "cpu"]
+    codes, said = on_two_ranks([*words, "--outputs", "classes"], tmp_path)
+    assert codes == [cli.SKIPPED, 0]
+    assert sum(line.startswith("skipped: ") for line in (*said[0], *said[1])) == 1
+    assert f"3 of 4 files: {out}" in said[0] and not any(str(out) in line for line in said[1])
+    assert sorted(file.name for file in (out / "classes").iterdir()) == ["000.png", "001.png", "002.png"]
+    (out / "classes" / "001.png").unlink()
+    codes, said = on_two_ranks(words, tmp_path)
+    assert codes == [1, 1] and said[0][-1].endswith("000.png: there already; --overwrite replaces it") and not said[1]
+    assert not (out / "classes" / "001.png").exists() and not (out / "colour").exists()
+
+
 def wrong_value(data: Path) -> None:
     mask = data / "masks" / "train" / "000.png"
     Image.fromarray(np.full_like(np.array(Image.open(mask)), 99)).save(mask)
@@ -156,6 +235,17 @@ def of_mode(mode: str):
     def change(data: Path) -> None:
         image = data / "images" / "train" / "000.png"
         Image.new(mode, Image.open(image).size).save(image)
+
+    return change
+
+
+def as_jpeg(mode: str, kept: float = 1.0):
+    def change(data: Path) -> None:
+        image = data / "images" / "train" / "000.png"
+        jpeg = image.with_suffix(".jpg")
+        Image.open(image).convert(mode).save(jpeg)
+        jpeg.write_bytes(jpeg.read_bytes()[: int(kept * jpeg.stat().st_size)])
+        image.unlink()
 
     return change
 
@@ -187,12 +277,26 @@ def no_images(data: Path) -> None:
         (other_size, "expected a mask of 10x10 pixels"),
         (wrong_value, "got 99 (in 3072 pixels)"),
         (truncated, "cannot be decoded"),
+        (as_jpeg("RGB", 0.5), "000.jpg: expected an image, got a file that cannot be decoded"),
+        (as_jpeg("CMYK"), "000.jpg: expected an 8-bit RGB or grey image, got mode CMYK"),
         (of_mode("RGBA"), "got mode RGBA"),
         (of_mode("I;16"), "got mode I;16"),
         (no_images, "got an empty one"),
         (latin_names, "classes.txt: expected class names in UTF-8, one a line, got 'utf-8' codec can't decode"),
     ],
-    ids=["no-mask", "no-image", "size", "value", "truncated", "alpha", "16-bit", "empty", "latin-1"],
+    ids=[
+        "no-mask",
+        "no-image",
+        "size",
+        "value",
+        "truncated",
+        "half-jpeg",
+        "cmyk",
+        "alpha",
+        "16-bit",
+        "empty",
+        "latin-1",
+    ],
 )
 def test_bad_data_is_one_line_before_anything_is_written(command, tmp_path, spoil, message):
     data = samples(tmp_path / "samples", 2, 1)
@@ -233,6 +337,9 @@ def test_a_data_set_of_other_classes_is_not_scored(command, trained, tmp_path, s
         ("evaluate {data} --model {run} --scales 1,nan", "scales: expected positive numbers, got (1.0, nan)"),
         ("train {data} --out {new} --weights {run}/log.csv", "expected a model file that"),
         ("evaluate {data} --model {run} --num-classes 7", "num_classes: expected 5, as"),
+        ("predict {data}/images/val --model {run} --out {new} --num-classes 7", "num_classes: expected 5, as"),
+        ("export --model {run} --out {new} --num-classes 7", "num_classes: expected 5, as"),
+        ("train {data} --resume --num-classes 7 --out {run}", "num_classes: expected None, as the run in"),
         ("evaluate {data} --model {run} --scales 1,big", "scales: expected numbers such as 0.75,1,1.25, got '1,big'"),
         ("evaluate {data} --model {new}", "expected a model file, there is none"),
         ("evaluate {data} --model {data}", "expected a model file or a run's folder, got a folder without"),

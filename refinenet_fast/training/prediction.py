@@ -154,6 +154,21 @@ def _inputs(inputs: Sequence[str]) -> Iterator[tuple[Path, Path]]:
         yield from ((file, Path(file.stem)) for file in files)
 
 
+def check_results(files: Mapping[Path, Path], out: Path, outputs: Sequence[str], overwrite: bool) -> None:
+    """Raise where :func:`predict_files` with these arguments would not be right.
+
+    Raises:
+        BadInput: One of ``outputs`` is unknown; a result is there already and ``overwrite`` is False.
+    """
+    if unknown := set(outputs) - set(OUTPUTS):
+        raise BadInput(f"outputs: expected some of {', '.join(OUTPUTS)}, got {', '.join(sorted(unknown))}")
+    for path in (_output(out, output, file, name) for file, name in files.items() for output in outputs):
+        with readable(path):
+            taken = path.exists()
+        if taken and not overwrite:
+            raise BadInput(f"{path}: there already; --overwrite replaces it")
+
+
 def predict_files(
     segment: Segmenter,
     files: Mapping[Path, Path],
@@ -171,15 +186,9 @@ def predict_files(
         Each file when it is done, and why it was skipped, or None.
 
     Raises:
-        BadInput: A result is there already, or cannot be written; nothing is overwritten.
+        BadInput: As :func:`check_results` does; a result cannot be written.
     """
-    if unknown := set(outputs) - set(OUTPUTS):
-        raise BadInput(f"outputs: expected some of {', '.join(OUTPUTS)}, got {', '.join(sorted(unknown))}")
-    for path in (_output(out, output, file, name) for file, name in files.items() for output in outputs):
-        with readable(path):
-            taken = path.exists()
-        if taken and not overwrite:
-            raise BadInput(f"{path}: there already; --overwrite replaces it")
+    check_results(files, out, outputs, overwrite)
     for file, name in files.items():
         paths = {output: _output(out, output, file, name) for output in outputs}
         problem = None
