@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, get_origin
 
@@ -20,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from refinenet_fast.training.distributed import Told
-from refinenet_fast.training.files import BadInput, read_json, write_json
+from refinenet_fast.training.files import BadInput, first_line, read_json, unwritable, write_json
 from refinenet_fast.training.settings import TrainSettings, option_types
 
 app = typer.Typer(
@@ -41,6 +42,10 @@ def run() -> None:
     except BadInput as error:
         if not isinstance(error, Told):  # the first rank says it
             print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except OSError as error:  # a folder on the way to --out that may not be entered, say
+        message = f"{error.filename}: {error.strerror}" if error.filename else first_line(error)
+        print(f"error: {message}", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
@@ -108,7 +113,7 @@ def train(
     from refinenet_fast.training.loop import train as run_training
 
     if resume and (out / "settings.json").exists():
-        before = TrainSettings.from_json(read_json(out / "settings.json"))
+        before = _settings_in(out / "settings.json")
         given = {name: value for name, value in options.items() if _was_given(context, name)}
         if data is not None:
             given["data"] = data
@@ -120,6 +125,13 @@ def train(
         settings = TrainSettings(data, **options)
     with _bars() as bars:
         run_training(settings, out, resume=resume, overwrite=overwrite, say=_say, progress=bars)
+
+
+def _settings_in(file: Path) -> TrainSettings:
+    try:
+        return TrainSettings.from_json(read_json(file))
+    except (AttributeError, TypeError, ValueError) as error:  # JSON, but not such
+        raise BadInput(f"{file}: expected a run's settings, got {first_line(error)}") from error
 
 
 def _was_given(context: typer.Context, name: str) -> bool:
@@ -163,11 +175,13 @@ def evaluate(
     split: Annotated[str, typer.Option(help="The split that is scored.")] = "val",
     out: Annotated[Path | None, typer.Option(help="Folder for scores.json and confusion.png.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace those that are there.")] = False,
-    ignore_value: Annotated[int, typer.Option(help="Value of a mask's pixels that are not labelled.")] = 255,
+    ignore_value: Annotated[
+        int | None, typer.Option(help="Value of a mask's pixels that are not labelled; by default as in training.")
+    ] = None,
     num_classes: NumClasses = None,
     scales: Scales = "1",
     flip: Flip = False,
-    tile: Tile = 0,
+    tile: Tile = 1024,
     overlap: Overlap = 256,
     device: Device = "auto",
     workers: Annotated[int, typer.Option(help="Processes that load data.")] = 1,
@@ -186,12 +200,13 @@ def evaluate(
     with ranks(device) as group:
         segment = _segmenter(model, num_classes, scales, flip, tile, overlap, group.device)
         names = segment.description.class_names
-        files = dataclasses.replace(open_split(data, layout, split), num_classes=len(names), ignore_value=ignore_value)
+        ignored = segment.description.ignore_value if ignore_value is None else ignore_value
+        files = dataclasses.replace(open_split(data, layout, split), num_classes=len(names), ignore_value=ignored)
         with _bars() as bars:
             matrix = evaluation.evaluate(
                 segment,
                 files,
-                ignore_value,
+                ignored,
                 workers=workers,
                 rank=group.rank,
                 world=group.world,
@@ -240,20 +255,25 @@ def predict(
     A file that cannot be read is reported and skipped; the exit code is then 3.
     """
     from refinenet_fast.training.distributed import ranks
-    from refinenet_fast.training.prediction import find_inputs, predict_files
+    from refinenet_fast.training.prediction import check_results, find_inputs, predict_files
 
-    files = find_inputs(inputs)
+    files, wanted = find_inputs(inputs), outputs.split(",")
     with ranks(device) as group:
         segment = _segmenter(model, num_classes, scales, flip, tile, overlap, group.device)
+        group.on_first(lambda: check_results(files, out, wanted, overwrite))  # before another rank has written any
+        mine = dict(islice(files.items(), group.rank, None, group.world))
         skipped = []
         with _bars() as bars:
-            results = predict_files(segment, files, out, outputs.split(","), overwrite)
-            for file, problem in bars("predict", results, len(files)):
+            results = predict_files(segment, mine, out, wanted, overwrite=True)
+            for file, problem in bars("predict", results, len(mine)):
                 if problem is not None:
                     print(f"skipped: {problem}", file=sys.stderr)
                     skipped.append(file)
-    _say(f"{len(files) - len(skipped)} of {len(files)} files: {out}")
-    if skipped:
+        count = sum(group.gather(len(skipped)))
+    if not group.first:
+        return
+    _say(f"{len(files) - count} of {len(files)} files: {out}")
+    if count:
         raise typer.Exit(SKIPPED)
 
 
@@ -287,7 +307,7 @@ def export(
     except ImportError as error:
         raise BadInput(str(error)) from error
     except OSError as error:
-        raise BadInput(f"{out}: cannot be written: {error.strerror or error}") from error
+        raise unwritable(out, error) from error
     if description.scale != 1:
         _say(f"it was trained on images scaled by {description.scale:g}: scale them before it sees them")
     _say(f"written: {out}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 import tempfile
 
 os.environ["REFINENET_FAST_TABLES"] = tempfile.mkdtemp(prefix="no-tables-")  # what a user has tuned decides no test
@@ -46,6 +48,27 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def ordinary_rights():
+    """Where tests run as root, this thread gives up what lets root pass over a file's rights: CAP_DAC_OVERRIDE (bit 1)
+    and CAP_DAC_READ_SEARCH (bit 2) of capabilities(7)."""
+    if os.geteuid() != 0:
+        yield
+        return
+    if sys.platform != "linux":
+        pytest.skip("root may read everything")
+    libc = ctypes.CDLL(None, use_errno=True)
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this thread
+    sets = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable; then the same of the capabilities from 32 on
+    assert libc.capget(header, sets) == 0
+    before = sets[0]
+    sets[0] &= ~0b110
+    assert libc.capset(header, sets) == 0
+    yield
+    sets[0] = before
+    assert libc.capset(header, sets) == 0
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -21,8 +24,9 @@ from PIL import Image
 
 from refinenet_fast import RefineNet, cli, use_backend
 from refinenet_fast.backends import table
+from refinenet_fast.training.prediction import Segmenter
 from refinenet_fast.training.settings import TrainSettings, option_types
-from training_runs import losses, samples
+from training_runs import losses, processes, samples, without_rights
 
 SMALL = "--trunk test_resnet --no-pretrained --width 8 --crop 40 40 --batch 2 --epochs 1 --workers 0 --device cpu"
 
@@ -82,6 +86,29 @@ def test_the_documented_recipes_are_commands(command, monkeypatch, tmp_path, tru
     RefineNet(11, **settings.network())
 
 
+README = Path(__file__).parents[1] / "README.md"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not README.exists(), reason="README.md is not beside the tests")
+def test_readmes_commands(command, monkeypatch, tmp_path):
+    """As they stand there, but for the number of epochs; and what each says that it leaves."""
+    pytest.importorskip("onnxscript")
+    onnx = pytest.importorskip("onnx")
+    section = README.read_text().split("## From a folder of images to masks")[1].split("!")[0].replace("\\\n", " ")
+    lines = [line.split("#")[0].strip() for line in section.splitlines() if "refinenet-fast " in line]
+    assert [line.split()[1] for line in lines] == ["sample-data", "train", "evaluate", "predict", "export"]
+    monkeypatch.chdir(tmp_path)
+    for line in lines:
+        words = line.removeprefix("refinenet-fast ")
+        assert "train samples" not in words or "--epochs 25" in words
+        code, _, err = command(words.replace("--epochs 25", "--epochs 1"))
+        assert code == 0, err
+    assert json.loads(Path("scores/scores.json").read_text())["images"] == 8 and Path("scores/confusion.png").exists()
+    assert all(Path("masks", output, "003.png").exists() for output in ("classes", "colour", "overlay"))
+    assert [given.name for given in onnx.load("samples.onnx").graph.input] == ["images"]
+
+
 def test_from_nothing_to_a_mask(command, tmp_path):
     samples, run = tmp_path / "samples", tmp_path / "run"
     assert command("sample-data", samples, "--train 3 --val 2 --height 48 --width 64")[0] == 0
@@ -98,6 +125,33 @@ def test_from_nothing_to_a_mask(command, tmp_path):
     assert len(list((tmp_path / "masks").rglob("*.png"))) == 6
 
 
+def test_evaluate_finds_what_training_has_logged(command, tmp_path):
+    """At the scale and with the ignore value of training, neither given again; and of that size tiles are cut."""
+    from refinenet_fast.training.loop import train
+    from refinenet_fast.training.model_file import load_model
+    from training_runs import log, settings
+
+    data = samples(tmp_path / "samples", 3, 2)
+    for mask in (data / "masks").rglob("*.png"):
+        values = np.array(Image.open(mask))
+        Image.fromarray(np.where(values == 255, 5, values)).save(mask)
+    train(settings(data, epochs=1, val_scale=0.5, ignore_value=5, lr=0.05), tmp_path / "run")
+    assert load_model(tmp_path / "run")[1].scale == 0.5
+    code, out, err = command("evaluate", data, "--model", tmp_path / "run/last.safetensors", "--device cpu")
+    assert code == 0, err
+    (logged,) = [row for row in log(tmp_path / "run") if row["miou"]]
+    for score in ("miou", "pixel_accuracy", "mean_accuracy"):
+        assert json.loads(out)[score] == pytest.approx(float(logged[score]), abs=1e-3)
+    code, _, err = command("evaluate", data, "--model", tmp_path / "run", "--ignore-value 255")
+    assert code == 1 and "expected classes 0 to 4, or 255 where unlabelled, got 5" in err
+
+
+@pytest.mark.parametrize("words", ["evaluate", "predict"])
+def test_validation_and_the_commands_cut_the_same_tiles(words):
+    options = inspect.signature(getattr(cli, words)).parameters
+    assert (options["tile"].default, options["overlap"].default) == (Segmenter.tile, Segmenter.overlap)
+
+
 def test_predict_says_with_its_exit_code_that_a_file_was_skipped(command, trained, tmp_path):
     data, run = trained
     bad = tmp_path / "bad.jpg"
@@ -106,6 +160,60 @@ def test_predict_says_with_its_exit_code_that_a_file_was_skipped(command, traine
     code, _, err = command("predict", bad, image, "--model", run, "--out", tmp_path / "out")
     assert code == cli.SKIPPED and err.startswith(f"skipped: {bad}: ")
     assert (tmp_path / "out" / "classes" / "000.png").exists()
+
+
+def test_scores_are_not_overwritten_unasked(command, trained, tmp_path):
+    data, run = trained
+    for name in ("scores.json", "confusion.png"):
+        out = tmp_path / name / "out"
+        out.mkdir(parents=True)
+        (out / name).write_text("mine")
+        code, _, err = command("evaluate", data, "--model", run, "--out", out)
+        assert (code, err) == (1, f"error: {out / name}: there already; --overwrite replaces it\n")
+        assert [(file.name, file.read_text()) for file in out.iterdir()] == [(name, "mine")]
+    assert command("evaluate", data, "--model", run, "--out", out, "--overwrite")[0] == 0
+    assert (out / "scores.json").exists() and (out / "confusion.png").read_bytes() != b"mine"
+
+
+def run_on_a_rank(words: list[str], environment: dict[str, str], said: Path) -> None:
+    """The command in a process of its own, in torchrun's environment."""
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    sys.argv = ["refinenet-fast", *words]
+    with said.open("w") as sys.stderr:
+        cli.run()
+
+
+def on_two_ranks(words: list[str], folder: Path) -> tuple[list[int], list[list[str]]]:
+    """The exit codes, and what is said on stderr, line by line."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    started = []
+    for rank in ("0", "1"):
+        own = environment | {"RANK": rank, "LOCAL_RANK": rank}
+        started.append(processes().Process(target=run_on_a_rank, args=(words, own, folder / rank)))
+        started[-1].start()
+    for process in started:
+        process.join(240)
+    return [process.exitcode for process in started], [(folder / rank).read_text().splitlines() for rank in ("0", "1")]
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
+def test_ranks_share_the_files_of_a_prediction(trained, tmp_path):
+    """Each is written by one of two, and counted once; what is there already is said once, before any is written."""
+    images, out = samples(tmp_path / "samples", 3, 1) / "images" / "train", tmp_path / "out"
+    (images / "bad.png").write_bytes(b"no image")
+    words = ["predict", str(images), "--model", str(trained[1]), "--out", str(out), "--device", "cpu"]
+    codes, said = on_two_ranks([*words, "--outputs", "classes"], tmp_path)
+    assert codes == [cli.SKIPPED, 0]
+    assert sum(line.startswith("skipped: ") for line in (*said[0], *said[1])) == 1
+    assert f"3 of 4 files: {out}" in said[0] and not any(str(out) in line for line in said[1])
+    assert sorted(file.name for file in (out / "classes").iterdir()) == ["000.png", "001.png", "002.png"]
+    (out / "classes" / "001.png").unlink()
+    codes, said = on_two_ranks(words, tmp_path)
+    assert codes == [1, 1] and said[0][-1].endswith("000.png: there already; --overwrite replaces it") and not said[1]
+    assert not (out / "classes" / "001.png").exists() and not (out / "colour").exists()
 
 
 def wrong_value(data: Path) -> None:
@@ -131,6 +239,29 @@ def of_mode(mode: str):
     return change
 
 
+def as_jpeg(mode: str, kept: float = 1.0):
+    def change(data: Path) -> None:
+        image = data / "images" / "train" / "000.png"
+        jpeg = image.with_suffix(".jpg")
+        Image.open(image).convert(mode).save(jpeg)
+        jpeg.write_bytes(jpeg.read_bytes()[: int(kept * jpeg.stat().st_size)])
+        image.unlink()
+
+    return change
+
+
+def latin_names(data: Path) -> None:
+    (data / "classes.txt").write_bytes("Straße\n".encode("latin-1"))
+
+
+def other_order(data: Path) -> None:
+    (data / "classes.txt").write_text("ground\nsquare\ndisc\ntriangle\nbar\n")
+
+
+def more_names(data: Path) -> None:
+    (data / "classes.txt").write_text("\n".join("abcdefg"))
+
+
 def no_images(data: Path) -> None:
     for file in (data / "images" / "train").iterdir():
         file.unlink()
@@ -146,11 +277,26 @@ def no_images(data: Path) -> None:
         (other_size, "expected a mask of 10x10 pixels"),
         (wrong_value, "got 99 (in 3072 pixels)"),
         (truncated, "cannot be decoded"),
+        (as_jpeg("RGB", 0.5), "000.jpg: expected an image, got a file that cannot be decoded"),
+        (as_jpeg("CMYK"), "000.jpg: expected an 8-bit RGB or grey image, got mode CMYK"),
         (of_mode("RGBA"), "got mode RGBA"),
         (of_mode("I;16"), "got mode I;16"),
         (no_images, "got an empty one"),
+        (latin_names, "classes.txt: expected class names in UTF-8, one a line, got 'utf-8' codec can't decode"),
     ],
-    ids=["no-mask", "no-image", "size", "value", "truncated", "alpha", "16-bit", "empty"],
+    ids=[
+        "no-mask",
+        "no-image",
+        "size",
+        "value",
+        "truncated",
+        "half-jpeg",
+        "cmyk",
+        "alpha",
+        "16-bit",
+        "empty",
+        "latin-1",
+    ],
 )
 def test_bad_data_is_one_line_before_anything_is_written(command, tmp_path, spoil, message):
     data = samples(tmp_path / "samples", 2, 1)
@@ -158,6 +304,20 @@ def test_bad_data_is_one_line_before_anything_is_written(command, tmp_path, spoi
     code, out, err = command("train", data, "--out", tmp_path / "run", SMALL)
     assert code == 1 and message in err and err.count("\n") == 1 and err.startswith("error: ") and not out
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (other_order, "val: expected 'disc' as class 1, as the network has it, got 'square'"),
+        (more_names, "val: expected 5 classes, as the network has, got 7"),
+    ],
+)
+def test_a_data_set_of_other_classes_is_not_scored(command, trained, tmp_path, spoil, message):
+    data = samples(tmp_path / "samples", 1, 1)
+    spoil(data)
+    code, out, err = command("evaluate", data, "--model", trained[1])
+    assert code == 1 and err == f"error: {message}\n" and not out
 
 
 @pytest.mark.parametrize(
@@ -169,8 +329,16 @@ def test_bad_data_is_one_line_before_anything_is_written(command, tmp_path, spoi
         ("train --resume --out {new}", "data: expected the folder of a data set, got none, and "),
         ("train {data} --resume --lr 7 --out {run}", "lr: expected 0.005, as the run in"),
         ("train {data} --out {new} --trunk resnet19", "trunk: expected the name of a timm model, got 'resnet19'"),
+        ("train {data} --out {new} --device mps", "device: expected auto, cpu, cuda or cuda:<n>, got 'mps'"),
+        ("evaluate {data} --model {run} --device meta", "device: expected auto, cpu, cuda or cuda:<n>, got 'meta'"),
+        ("train {data} --out {new} --seed 9223372036854775808", "seed: expected 0 or more and less than 2**63, got 9"),
+        ("train {data} --out {new} --seed -1", "seed: expected 0 or more and less than 2**63, got -1"),
+        ("evaluate {data} --model {run} --scales 1,nan", "scales: expected positive numbers, got (1.0, nan)"),
         ("train {data} --out {new} --weights {run}/log.csv", "expected a model file that"),
         ("evaluate {data} --model {run} --num-classes 7", "num_classes: expected 5, as"),
+        ("predict {data}/images/val --model {run} --out {new} --num-classes 7", "num_classes: expected 5, as"),
+        ("export --model {run} --out {new} --num-classes 7", "num_classes: expected 5, as"),
+        ("train {data} --resume --num-classes 7 --out {run}", "num_classes: expected None, as the run in"),
         ("evaluate {data} --model {run} --scales 1,big", "scales: expected numbers such as 0.75,1,1.25, got '1,big'"),
         ("evaluate {data} --model {new}", "expected a model file, there is none"),
         ("evaluate {data} --model {run} --workers -1", "workers: expected 0 or more, got -1"),
@@ -190,6 +358,69 @@ def test_bad_options_are_one_line_and_nothing_is_overwritten(command, trained, t
     assert code == 1 and err.startswith("error: ") and message in err and err.count("\n") == 1
     assert before == {file: file.read_bytes() for file in data.parent.rglob("*") if file.is_file()}
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "content", ["{}", "[]", '{"data": 5}', '{"data": "x", "epochs": "many"}', '{"data": "x", "crop": 3}']
+)
+def test_settings_of_no_run_are_one_line(command, trained, tmp_path, content):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "settings.json").write_text(content)
+    code, _, err = command("train", trained[0], "--resume --out", tmp_path / "run")
+    assert code == 1 and err.startswith(f"error: {tmp_path}/run/settings.json: expected a run's settings, got ")
+    assert err.count("\n") == 1 and (tmp_path / "run" / "settings.json").read_text() == content
+
+
+@pytest.mark.parametrize("network", [{"heads": 3}, {"trunk": "resnet19"}, {"width": -8}])
+def test_a_model_file_of_an_unknown_network_is_one_line(command, trained, tmp_path, network):
+    from refinenet_fast.training.model_file import load_model, save_model
+
+    data, run = trained
+    model, description = load_model(run)
+    unknown = dataclasses.replace(description, network=description.network | network)
+    save_model(tmp_path / "other.safetensors", model, unknown)
+    code, _, err = command("evaluate", data, "--model", tmp_path / "other.safetensors")
+    assert code == 1 and err.count("\n") == 1
+    assert err.startswith(f"error: {tmp_path}/other.safetensors: expected a network that this version can build, got ")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "train {locked} --out {new}",
+        "train {locked}/samples --out {new}",
+        "train {data} --out {locked}/run",
+        "train --resume --out {locked}/run",
+        "evaluate {data} --model {locked}",
+        "evaluate {data} --model {locked}/run",
+        "evaluate {data} --model {run} --out {locked}",
+        "predict {locked} --model {run} --out {new}",
+        "predict {locked}/a.png --model {run} --out {new}",
+        "predict {data}/images/val --model {run} --out {locked}",
+        "export --model {run} --out {locked}/a.pt --format torch",
+        "sample-data {locked}",
+        "sample-data {locked}/new",
+    ],
+)
+def test_a_folder_without_rights_is_one_line(command, trained, tmp_path, ordinary_rights, words):
+    data, run = trained
+    locked, new = tmp_path / "locked", tmp_path / "new"
+    locked.mkdir()
+    with without_rights(locked):
+        code, out, err = command(words.format(data=data, run=run, locked=locked, new=new))
+    assert code == 1 and err.startswith(f"error: {locked}") and err.count("\n") == 1 and not out
+    assert not new.exists() and not list(locked.iterdir())
+
+
+def test_a_photo_without_rights_is_skipped(command, trained, tmp_path, ordinary_rights):
+    data, run = trained
+    first, second = sorted((data / "images" / "val").iterdir())
+    with without_rights(first):
+        code, _, err = command("predict", first.parent, "--model", run, "--out", tmp_path / "out")
+    assert code == cli.SKIPPED and err.startswith(
+        f"skipped: {first}: expected a file that can be read, got no permission"
+    )
+    assert [file.name for file in (tmp_path / "out" / "classes").iterdir()] == [second.name]
 
 
 def test_every_setting_is_an_option_with_a_meaning(command):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import struct
+import zlib
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -19,10 +21,10 @@ from PIL import Image
 from refinenet_fast.training import survey
 from refinenet_fast.training.augment import Augment
 from refinenet_fast.training.data import Order, TrainingSet, collate, open_split
-from refinenet_fast.training.files import BadInput, image_size, read_image, read_mask, write_whole
+from refinenet_fast.training.files import BadInput, read_image, read_mask, write_whole
 from refinenet_fast.training.loop import without_bars
 from refinenet_fast.training.samples import CLASSES, write_samples
-from training_runs import SIZE, samples
+from training_runs import SIZE, samples, without_rights
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -63,7 +65,7 @@ def test_the_orientation_in_exif_is_applied(tmp_path, orientation):
         stored = stored.transpose(Image.Transpose[turn[orientation]])
     stored.save(tmp_path / "x.png", exif=exif)
     image = read_image(tmp_path / "x.png")
-    assert image.shape == (3, 4, 6) and image_size(tmp_path / "x.png") == (4, 6)
+    assert image.shape == (3, 4, 6)
     assert np.array_equal(image.permute(1, 2, 0).numpy(), upright)
 
 
@@ -87,11 +89,75 @@ def test_images_of_another_kind_are_refused_by_name(tmp_path, mode):
         read_image(path)
 
 
-def test_a_palette_with_transparency_is_refused_as_an_image_only(tmp_path):
-    Image.new("P", (4, 4)).save(tmp_path / "x.png", transparency=0)
-    with pytest.raises(BadInput, match="got mode P with transparency"):
-        read_image(tmp_path / "x.png")
-    assert read_mask(tmp_path / "x.png").shape == (4, 4)
+def png(path: Path, depth: int, colour: int, row: bytes, **more: bytes) -> Path:
+    """A PNG of one row, of a kind that Pillow does not write.
+
+    Args:
+        depth, colour: IHDR's bit depth and colour type (0 grey, 2 RGB, 3 palette).
+        more: Further chunks by name.
+    """
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    width = 8 * len(row) // (depth * (3 if colour == 2 else 1))
+    chunks = [chunk(b"IHDR", struct.pack(">IIBBBBB", width, 1, depth, colour, 0, 0, 0))]
+    chunks += [chunk(name.encode(), content) for name, content in more.items()]
+    chunks += [chunk(b"IDAT", zlib.compress(b"\0" + row)), chunk(b"IEND", b"")]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+    return path
+
+
+@pytest.mark.parametrize(
+    "depth, colour, more, message",
+    [
+        (16, 2, {}, "mode RGB with 16 bits"),
+        (8, 2, {"tRNS": bytes(6)}, "mode RGB with transparency"),
+        (8, 0, {"tRNS": bytes(2)}, "mode L with transparency"),
+        (8, 3, {"PLTE": bytes(6), "tRNS": bytes(1)}, "mode P with transparency"),
+        (1, 0, {"tRNS": bytes(2)}, "mode 1 with transparency"),
+    ],
+    ids=["RGB-16", "RGB", "L", "P", "1"],
+)
+def test_depth_and_transparency_that_the_mode_does_not_tell_are_refused(tmp_path, depth, colour, more, message):
+    with pytest.raises(BadInput, match=rf"x\.png: expected an 8-bit RGB or grey image, got {message}"):
+        read_image(png(tmp_path / "x.png", depth, colour, bytes(12), **more))
+    if depth != 16:
+        opaque = {name: content for name, content in more.items() if name != "tRNS"}
+        assert not read_image(png(tmp_path / "x.png", depth, colour, bytes(12), **opaque)).any()
+
+
+def test_16_bits_of_a_ppm_are_refused(tmp_path):
+    (tmp_path / "x.ppm").write_bytes(b"P6 2 1 65535\n" + bytes(12))
+    with pytest.raises(BadInput, match=r"x\.ppm: .*, got mode RGB with 16 bits"):
+        read_image(tmp_path / "x.ppm")
+    (tmp_path / "x.ppm").write_bytes(b"P6 2 1 255\n" + bytes(6))
+    assert read_image(tmp_path / "x.ppm").shape == (3, 1, 2)
+
+
+@pytest.mark.parametrize(
+    "depth, row, expected",
+    [
+        (1, b"\xa0", [1, 0, 1, 0, 0, 0, 0, 0]),
+        (2, b"\x1b\x00", [0, 1, 2, 3, 0, 0, 0, 0]),
+        (4, b"\x01\x2f", [0, 1, 2, 15]),
+    ],
+)
+def test_a_mask_of_few_bits_holds_classes(tmp_path, depth, row, expected):
+    """Grey, as tools that shrink PNGs leave it, and a palette's indices."""
+    assert read_mask(png(tmp_path / "grey.png", depth, 0, row)).tolist() == [expected]
+    assert read_mask(png(tmp_path / "palette.png", depth, 3, row, PLTE=bytes(48))).tolist() == [expected]
+
+
+def test_transparency_of_a_mask_says_nothing(tmp_path):
+    assert read_mask(png(tmp_path / "x.png", 8, 3, b"\0\1", PLTE=bytes(6), tRNS=bytes(1))).tolist() == [[0, 1]]
+
+
+@pytest.mark.parametrize("name", ["x.jpg", "x.webp", "x.bmp", "x.tif", "x.png", "x.ppm", "x.gif"])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_images_of_8_bits_are_read(tmp_path, name, mode):
+    Image.new(mode, (4, 3), 100 if mode == "L" else (100, 100, 100)).save(tmp_path / name)
+    assert (read_image(tmp_path / name).float() - 100).abs().max() <= 2
 
 
 def damaged(path: Path) -> None:
@@ -128,6 +194,16 @@ def test_an_image_without_mask_and_a_mask_without_image(data):
         open_split(data, "folder", "train")
 
 
+@pytest.mark.parametrize("suffix", [".jpg", ".JPEG", ".bmp"])
+def test_a_mask_that_is_no_png(data, suffix):
+    """A JPEG's values are near those that were saved, which for classes is no good."""
+    mask = data / "masks" / "train" / "001.png"
+    Image.open(mask).convert("L").save(mask.with_suffix(suffix))
+    mask.unlink()
+    with pytest.raises(BadInput, match=rf"masks/train/001\{suffix}: expected a PNG as a mask, got {suffix}"):
+        open_split(data, "folder", "train")
+
+
 def test_two_images_of_one_name(data):
     shutil.copy(data / "images" / "train" / "001.png", data / "images" / "train" / "001.bmp")
     with pytest.raises(BadInput, match=r"001\.png: expected one file of this name, got 001\.bmp as well"):
@@ -151,9 +227,15 @@ def test_what_is_no_data_set(data, tmp_path):
         assert "\n" not in str(error.value)
 
 
-def test_a_folder_without_rights(data, monkeypatch):
-    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root, as tests may run, has every right
-    with pytest.raises(BadInput, match="images/train: expected a folder that can be read, got no permission"):
+@pytest.mark.parametrize("locked", ["images", "images/train", "images/train/deep", "masks/train"])
+def test_a_folder_without_rights(data, ordinary_rights, locked):
+    """Itself, a folder above it, one of its subfolders, which would otherwise be passed over."""
+    for kind in ("images", "masks"):
+        (data / kind / "train" / "deep").mkdir()
+        (data / kind / "train" / "001.png").rename(data / kind / "train" / "deep" / "001.png")
+    assert len(open_split(data, "folder", "train")) == 5
+    message = rf"{locked}.*: expected a file or folder that can be read, got no permission"
+    with without_rights(data / locked), pytest.raises(BadInput, match=message):
         open_split(data, "folder", "train")
 
 
@@ -196,6 +278,9 @@ def test_cityscapes(tmp_path):
     split = open_split(tmp_path, "cityscapes", "train")
     assert len(split.class_names) == 19 and split.class_names[13] == "car"
     assert split.read(0)[1].tolist() == [[0, 13, 255]]
+    Image.fromarray(np.array([[7, 26, 300]], dtype=np.uint16)).save(mask)
+    with pytest.raises(BadInput, match=r"bonn_000000_000019_gtFine_labelIds\.png: .* label ids, below 256, got 300"):
+        split.read(0)
 
 
 def test_sbd(tmp_path):

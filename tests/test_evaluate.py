@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,6 +27,11 @@ from refinenet_fast.training.samples import CLASSES
 from training_runs import samples
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(one_thread):
+    """The networks are tiny."""
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +90,14 @@ def test_the_ignore_value_may_be_the_number_behind_the_classes(segment, tmp_path
         evaluate(segment, replace(split, num_classes=5, ignore_value=255), 255)
 
 
+def test_a_network_without_names_scores_any_data_set_of_as_many_classes(segment, tmp_path):
+    split = open_split(samples(tmp_path / "samples", 1, 1), "folder", "val")
+    numbered = replace(segment, description=replace(segment.description, class_names=list("01234")))
+    expected = evaluate(segment, split, 255)
+    assert torch.equal(evaluate(numbered, split, 255), expected)
+    assert torch.equal(evaluate(segment, replace(split, class_names=None), 255), expected)
+
+
 @pytest.mark.parametrize("scales, flip", [((0.5,), False), ((0.75, 1.5), False), ((1.0,), True), ((0.5, 1.0), True)])
 def test_probabilities_are_averaged_over_scales_and_mirror_images(segment, scales, flip):
     from torchvision.transforms import v2
@@ -105,6 +120,14 @@ def test_probabilities_are_averaged_over_scales_and_mirror_images(segment, scale
     assert (found == total.argmax(1)[0]).float().mean() > 0.999  # ties
 
 
+def test_images_are_seen_at_the_scale_of_training(segment):
+    image = torch.randint(256, (3, 37, 50), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    trained = replace(segment, description=replace(segment.description, scale=0.5))
+    assert torch.equal(trained(image), replace(segment, scales=(0.5,))(image))
+    assert torch.equal(replace(trained, scales=(2.0,), flip=True)(image), replace(segment, flip=True)(image))
+    assert not torch.equal(trained(image), segment(image))
+
+
 def test_the_confusion_matrix_as_a_picture(tmp_path):
     for classes in (2, 30):
         matrix = torch.randint(9, (classes, classes))
@@ -113,7 +136,42 @@ def test_the_confusion_matrix_as_a_picture(tmp_path):
             assert min(picture.size) > 300
 
 
-@pytest.mark.parametrize("options", [{"scales": ()}, {"scales": (0.0,)}, {"tile": 64, "overlap": 64}, {"tile": -1}])
+def test_rows_of_the_picture_are_true_classes_and_columns_predicted_ones(tmp_path, monkeypatch):
+    """Ten pixels of a are taken for b, none of b for a: the square in a's row and b's column alone is dark."""
+    from matplotlib.figure import Figure
+
+    figures, save = [], Figure.savefig
+
+    def note(figure: Figure, *args: Any, **options: Any) -> None:
+        figures.append(figure)
+        save(figure, *args, **options)
+
+    monkeypatch.setattr(Figure, "savefig", note)
+    save_confusion(tmp_path / "x.png", torch.tensor([[0, 10], [0, 0]]), ["a", "b"])
+    axes = figures[0].axes[0]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted", "true")
+    for axis in (axes.xaxis, axes.yaxis):
+        assert [label.get_text() for label in axis.get_ticklabels()] == ["a", "b"]
+    with Image.open(tmp_path / "x.png") as picture:
+        brightness = np.array(picture.convert("L"))
+    for row in range(2):
+        for column in range(2):
+            x, y = axes.transData.transform((column + 0.3, row + 0.3))  # beside the number
+            dark = brightness[len(brightness) - 1 - int(y), int(x)] < 100
+            assert dark == ((row, column) == (0, 1)), (row, column)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"scales": ()},
+        {"scales": (0.0,)},
+        {"scales": (math.nan,)},
+        {"scales": (1.0, math.inf)},
+        {"tile": 64, "overlap": 64},
+        {"tile": -1},
+    ],
+)
 def test_what_cannot_be(segment, options):
     with pytest.raises(BadInput, match=r"(scales|overlap): expected .*, got"):
         replace(segment, **options)

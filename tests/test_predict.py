@@ -94,18 +94,6 @@ def test_tiles_give_what_the_whole_image_gives(segment, size):
     assert segment.network.largest <= 16
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kilobytes on Linux")
-def test_memory_does_not_grow_with_the_image(segment):
-    """Beyond the image and its classes: 4 bytes a pixel."""
-    image = torch.zeros(3, 3000, 3000, dtype=torch.uint8)
-    small = replace(segment, tile=256, overlap=32)
-    small(image[:, :600, :600])
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    small(image)
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
-    assert grown < 9e6 + 16e6
-
-
 # -- files --------------------------------------------------------------------------------------------------------
 
 
@@ -181,7 +169,7 @@ def film(path: Path, size: tuple[int, int] = (22, 31), count: int = 5) -> Path:
         video.Frame(np.full((*size, 3), 255 * k // (count - 1), np.uint8), k + (k == count - 1), Fraction(1, 10))
         for k in range(count)
     ]
-    with video.writing(path, frames[0]) as writer:
+    with video.writing(path, frames[0], path) as writer:
         for frame in frames:
             writer.write(frame)
     return path
@@ -207,6 +195,16 @@ def test_a_video(segment, tmp_path):
     assert list(predict_files(segment, found, tmp_path / "out", ["classes"], overwrite=True)) == [(path, None)]
 
 
+def test_no_result_lies_in_a_videos_folder(segment, tmp_path):
+    """classes/a/x.png of in/a/x.png, and the folder classes/a of the frames of a.mp4, which would take its place."""
+    path, image = film(tmp_path / "a.mp4"), photo(tmp_path / "in" / "a" / "deep" / "x.png")
+    for inputs in ((image.parents[2], path), (path, image.parents[2])):
+        with pytest.raises(BadInput, match=r"x\.png: expected a name outside the folder of .*a\.mp4's frames"):
+            find_inputs([str(given) for given in inputs])
+    other = photo(tmp_path / "a.d" / "a.png")
+    assert find_inputs([str(image.parents[2]), str(other)]) == {image: Path("a/deep/x"), other: Path("a")}
+
+
 def test_a_video_that_breaks_off_leaves_nothing(segment, tmp_path, monkeypatch):
     path, image = film(tmp_path / "in" / "a.mp4"), photo(tmp_path / "in" / "b.png")
     whole = video.frames
@@ -219,6 +217,24 @@ def test_a_video_that_breaks_off_leaves_nothing(segment, tmp_path, monkeypatch):
     results = dict(predict_files(segment, find_inputs([str(path), str(image)]), tmp_path / "out"))
     assert str(results[path]) == f"{path}: broken" and results[image] is None
     assert {p.name for p in (tmp_path / "out").rglob("*") if p.is_file()} == {"b.png"}
+
+
+def test_a_video_that_no_mp4_can_hold_is_skipped(segment, tmp_path):
+    """Of 20,000 pixels a row, which H.264 and MPEG-4 do not know."""
+    av = pytest.importorskip("av")
+    path, image = tmp_path / "in" / "wide.mkv", photo(tmp_path / "in" / "b.png")
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("ffv1", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 20000, 2, "yuv420p"
+        frame = av.VideoFrame.from_ndarray(np.zeros((2, 20000, 3), np.uint8), format="rgb24")
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    results = dict(predict_files(segment, find_inputs([str(path), str(image)]), tmp_path / "out"))
+    assert (
+        str(results[path]).startswith(f"{path}: expected frames that an MP4 can hold, got ") and results[image] is None
+    )
+    assert {p.name for p in (tmp_path / "out").rglob("*") if p.is_file()} == {"b.png"}
+    assert dict(predict_files(segment, find_inputs([str(path)]), tmp_path / "classes", ["classes"])) == {path: None}
 
 
 @pytest.mark.parametrize("content", [b"", b"no video at all", b"cut"])

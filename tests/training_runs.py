@@ -9,7 +9,8 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,17 @@ def samples(folder: Path, train: int = 5, val: int = 2) -> Path:
     """A generated data set."""
     write_samples(folder, train, val, SIZE)
     return folder
+
+
+@contextmanager
+def without_rights(path: Path) -> Iterator[None]:
+    """A file or folder that its owner may neither read nor write nor enter."""
+    before = path.stat().st_mode
+    path.chmod(0)
+    try:
+        yield
+    finally:
+        path.chmod(before)
 
 
 def settings(data: Path, **options: Any) -> TrainSettings:

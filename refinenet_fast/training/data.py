@@ -78,7 +78,8 @@ def open_split(root: Path, layout: str, split: str) -> Split:
             ``classes.txt`` if it is there), or ``"voc"``, ``"sbd"``, ``"cityscapes"`` as torchvision expects them.
 
     Raises:
-        BadInput: An image lacks its mask or a mask its image, the split is empty, ``root`` is no such data set.
+        BadInput: An image lacks its mask or a mask its image, or is no PNG; the split is empty; ``root`` is no such
+            data set.
     """
     if layout not in LAYOUTS:
         raise BadInput(f"layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}")
@@ -91,6 +92,9 @@ def open_split(root: Path, layout: str, split: str) -> Split:
 def _folder(root: Path, split: str) -> Split:
     images_folder, masks_folder = root / "images" / split, root / "masks" / split
     images, masks = images_below(images_folder), images_below(masks_folder)
+    for mask in masks:
+        if mask.suffix.lower() != ".png":
+            raise BadInput(f"{mask}: expected a PNG as a mask, got {mask.suffix}")
     by_name = _by_name(images, images_folder)
     masks_by_name = _by_name(masks, masks_folder)
     for name, image in by_name.items():
@@ -113,9 +117,13 @@ def _by_name(files: list[Path], folder: Path) -> dict[Path, Path]:
 
 
 def _names_in(file: Path) -> list[str] | None:
-    if not file.exists():
+    try:
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError:
         return None
-    return [line.strip() for line in file.read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{file}: expected class names in UTF-8, one a line, got {first_line(error)}") from error
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def _torchvision(root: Path, layout: str, make: Callable[[], Any]) -> Any:
@@ -166,7 +174,10 @@ def _cityscapes(root: Path, split: str) -> Split:
             names[entry.train_id] = entry.name
 
     def read(path: Path) -> Tensor:  # (H, W) int64
-        return train_ids[read_mask(path)]
+        mask = read_mask(path)
+        if mask.max() >= len(train_ids):
+            raise BadInput(f"{path}: expected Cityscapes' label ids, below {len(train_ids)}, got {int(mask.max())}")
+        return train_ids[mask]
 
     masks = [Path(targets[0]) for targets in found.targets]
     return Split(split, [Path(p) for p in found.images], masks, [names[k] for k in sorted(names)], read)

@@ -102,8 +102,10 @@ def ranks(device: str) -> Iterator[Ranks]:
     name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     try:
         place = torch.device(name)
-    except RuntimeError as error:
-        raise BadInput(f"device: expected auto, cpu, cuda or cuda:<n>, got {device!r}") from error
+    except RuntimeError:
+        place = None
+    if place is None or place.type not in ("cpu", "cuda"):
+        raise BadInput(f"device: expected auto, cpu, cuda or cuda:<n>, got {device!r}")
     if place.type == "cuda":
         place = torch.device("cuda", local if world > 1 else place.index or 0)
         if place.index >= torch.cuda.device_count():

@@ -51,8 +51,10 @@ def evaluate(
         show: Called with each image's index, the image, its mask and what was predicted.
 
     Raises:
-        BadInput: A file cannot be used; names it.
+        BadInput: A file cannot be used; names it. The data set names other classes than the network, or in another
+            order.
     """
+    _check_names(split, segment.description.class_names)
     num_classes = segment.description.num_classes
     matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64)
     mine = range(rank, len(split), world)
@@ -67,3 +69,16 @@ def evaluate(
         matrix += confusion(predicted, mask, num_classes, ignore_value)
         show(index, image, mask, predicted)
     return matrix
+
+
+def _check_names(split: Split, expected: list[str]) -> None:
+    found = split.class_names
+    if found is None:
+        return
+    if len(found) != len(expected):
+        raise BadInput(f"{split.name}: expected {len(expected)} classes, as the network has, got {len(found)}")
+    if expected == [str(k) for k in range(len(expected))]:  # the network's own data set had no names
+        return
+    for k, (name, other) in enumerate(zip(expected, found)):
+        if name != other:
+            raise BadInput(f"{split.name}: expected {name!r} as class {k}, as the network has it, got {other!r}")

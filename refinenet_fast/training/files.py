@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 from torch import Tensor
 
 from refinenet_fast import files
@@ -22,7 +22,7 @@ from refinenet_fast.files import PARTIAL
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 IMAGE_MODES = ("RGB", "L", "P", "1")
 MASK_MODES = ("P", "L", "1", "I;16")
-_ORIENTATION = 0x0112  # EXIF's tag
+_SPREAD = {"L;2": 85, "L;4": 17}  # what Pillow multiplies grey values of 2 and 4 bits by, so that the largest is 255
 
 
 class BadInput(Exception):
@@ -39,28 +39,41 @@ def first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """What the system refuses within the block, for want of rights mostly, made one line.
+
+    Args:
+        path: What is looked into, should the system not say what it refuses.
+
+    Raises:
+        BadInput: Instead of an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        denied = isinstance(error, PermissionError)
+        reason = "no permission to" if denied else error.strerror or first_line(error)
+        raise BadInput(f"{error.filename or path}: expected a file or folder that can be read, got {reason}") from error
+
+
 def images_below(folder: Path) -> list[Path]:
     """Every image file in ``folder`` and its subfolders, sorted.
 
     Raises:
-        BadInput: It is no folder, or cannot be read.
+        BadInput: It is no folder, or cannot be read, or one of its subfolders cannot.
     """
-    if not folder.is_dir():
-        raise BadInput(f"{folder}: expected a folder, {'got a file' if folder.exists() else 'there is none'}")
-    if not os.access(folder, os.R_OK | os.X_OK):
-        raise BadInput(f"{folder}: expected a folder that can be read, got no permission to")
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
 
+    def refuse(error: OSError) -> None:
+        raise error
 
-def image_size(path: Path) -> tuple[int, int]:
-    """Height and width as :func:`read_image` gives them, from the file's header alone.
-
-    Raises:
-        BadInput: It is no image, or of a kind that :func:`read_image` refuses.
-    """
-    with _opened(path, IMAGE_MODES, "an 8-bit RGB or grey image") as image:
-        turned = image.getexif().get(_ORIENTATION, 1) >= 5  # by a quarter
-        return (image.width, image.height) if turned else (image.height, image.width)
+    with readable(folder):
+        try:
+            files = [Path(where, name) for where, _, names in os.walk(folder, onerror=refuse) for name in names]
+        except (FileNotFoundError, NotADirectoryError) as error:
+            got = "there is none" if isinstance(error, FileNotFoundError) else "got a file"
+            raise BadInput(f"{folder}: expected a folder, {got}") from error
+    return sorted(path for path in files if path.suffix.lower() in SUFFIXES)
 
 
 def read_image(path: Path) -> Tensor:  # (3, H, W) uint8
@@ -81,19 +94,19 @@ def read_mask(path: Path) -> Tensor:  # (H, W) int64
         BadInput: It cannot be read or is damaged, or it is no palette or grey image.
     """
     with _opened(path, MASK_MODES, "a palette or grey image as a mask") as image:
-        return torch.from_numpy(np.array(image).astype(np.int64))
+        factor = _SPREAD.get(_as_stored(image)[0], 1)
+        return torch.from_numpy(np.array(image).astype(np.int64) // factor)
 
 
 @contextmanager
-def _opened(path: Path, modes: tuple[str, ...], expected: str) -> Iterator[Image.Image]:
+def _opened(path: Path, modes: tuple[str, ...], expected: str) -> Iterator[ImageFile.ImageFile]:
     """An open image, whatever Pillow says of it there and within the block made one line."""
     try:
         with Image.open(path) as image:
-            # In a mask, what colour an index has says nothing.
-            transparent = image.mode == "P" and "transparency" in image.info and modes is IMAGE_MODES
-            if image.mode not in modes or transparent:
-                mode = "P with transparency" if transparent else image.mode
-                raise Unreadable(f"{path}: expected {expected}, got mode {mode}")
+            if image.mode not in modes:
+                raise Unreadable(f"{path}: expected {expected}, got mode {image.mode}")
+            if modes is IMAGE_MODES and (more := _more_than_colour(image)):
+                raise Unreadable(f"{path}: expected {expected}, got mode {image.mode} with {more}")
             yield image
     except FileNotFoundError as error:
         raise Unreadable(f"{path}: there is no such file") from error
@@ -102,6 +115,22 @@ def _opened(path: Path, modes: tuple[str, ...], expected: str) -> Iterator[Image
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow raises all of them
         reason = first_line(error)
         raise Unreadable(f"{path}: expected an image, got a file that cannot be decoded ({reason})") from error
+
+
+def _more_than_colour(image: ImageFile.ImageFile) -> str:
+    """What of an image's content its mode does not say and 8 bits of a colour lose; "" where there is nothing."""
+    if "transparency" in image.info:
+        return "transparency"
+    raw, *rest = _as_stored(image)
+    from_65536 = image.format == "PPM" and any(isinstance(largest, int) and largest > 255 for largest in rest)
+    return "16 bits" if from_65536 or (raw.startswith("RGB") and ";16" in raw) else ""
+
+
+def _as_stored(image: ImageFile.ImageFile) -> tuple[Any, ...]:
+    """Pillow's name of how pixels lie in the file, such as ``"RGB;16B"``, and what its decoder is told beside it."""
+    found = image.tile[0][3] if image.tile else ""
+    name, *rest = found if isinstance(found, tuple) and found else (found,)
+    return str(name), *rest
 
 
 @contextmanager
@@ -115,9 +144,13 @@ def whole(path: Path) -> Iterator[BinaryIO]:
         with files.whole(path) as file:
             yield file
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        reason = "the disk is full" if full else error.strerror or str(error)
-        raise BadInput(f"{path}: cannot be written: {reason}") from error
+        raise unwritable(path, error) from error
+
+
+def unwritable(path: Path, error: OSError) -> BadInput:
+    """What is said of a file or folder that the system would not write."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return BadInput(f"{path}: cannot be written: {'the disk is full' if full else error.strerror or first_line(error)}")
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
@@ -140,7 +173,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(path, ignore_errors=True)
         os.replace(partial, path)
     except OSError as error:
-        raise BadInput(f"{path}: cannot be written: {error.strerror or error}") from error
+        raise unwritable(path, error) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

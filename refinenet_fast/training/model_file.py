@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from refinenet_fast.model import RefineNet
-from refinenet_fast.training.files import BadInput, first_line, write_whole
+from refinenet_fast.training.files import BadInput, first_line, readable, write_whole
 
 KEY = "refinenet_fast"  # of the description in the header
 BEST, LAST = "best.safetensors", "last.safetensors"
@@ -27,6 +27,7 @@ class Description:
         class_names: One a class.
         mean, std: What images are normalised with.
         scale: What images are scaled by before the network sees them.
+        ignore_value: Of the pixels that were not labelled in the masks it was trained on.
     """
 
     network: dict[str, Any]
@@ -34,6 +35,7 @@ class Description:
     mean: list[float]
     std: list[float]
     scale: float = 1.0
+    ignore_value: int = 255
 
     @property
     def num_classes(self) -> int:
@@ -60,13 +62,17 @@ def load_model(path: Path, num_classes: int | None = None) -> tuple[RefineNet, D
         num_classes: What the caller expects, or None.
 
     Raises:
-        BadInput: It is no model file, or is damaged, or has another number of classes.
+        BadInput: It is no model file, or is damaged, is of an unknown network, or has another number of classes.
     """
-    path = _in_folder(path)
+    with readable(path):
+        path = _in_folder(path)
     state, description = read_model(path)
     if num_classes not in (None, description.num_classes):
         raise BadInput(f"num_classes: expected {description.num_classes}, as {path} has, got {num_classes}")
-    model = RefineNet(description.num_classes, **description.network)
+    try:
+        model = RefineNet(description.num_classes, **description.network)
+    except (TypeError, ValueError, ImportError, RuntimeError) as error:
+        raise BadInput(f"{path}: expected a network that this version can build, got {first_line(error)}") from error
     if any(v.dtype == torch.float64 for v in state.values()):
         model.double()
     load_weights(model, state, path)
@@ -90,8 +96,9 @@ def read_model(path: Path) -> tuple[dict[str, Tensor], Description]:
     """
     from safetensors import SafetensorError, safe_open
 
-    if not path.is_file():
-        raise BadInput(f"{path}: expected a model file, there is none")
+    with readable(path):
+        if not path.is_file():
+            raise BadInput(f"{path}: expected a model file, there is none")
     try:
         with safe_open(path, framework="pt") as file:
             header = (file.metadata() or {}).get(KEY)

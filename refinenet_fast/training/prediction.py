@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from torchvision.transforms import v2
 from refinenet_fast.model import RefineNet
 from refinenet_fast.training import video
 from refinenet_fast.training.augment import normalise
-from refinenet_fast.training.files import BadInput, Unreadable, images_below, read_image, whole_folder
+from refinenet_fast.training.files import BadInput, Unreadable, images_below, read_image, readable, whole_folder
 from refinenet_fast.training.model_file import Description
 from refinenet_fast.training.pictures import coloured, overlaid, palette, save_image, save_mask
 
@@ -64,7 +65,7 @@ class Segmenter:
     def __post_init__(self) -> None:
         if self.tile < 0 or (self.tile and not 0 <= self.overlap < self.tile):
             raise BadInput(f"overlap: expected 0 or more and less than the tile's {self.tile}, got {self.overlap}")
-        if not self.scales or min(self.scales) <= 0:
+        if not self.scales or not all(0 < scale < math.inf for scale in self.scales):
             raise BadInput(f"scales: expected positive numbers, got {tuple(self.scales)}")
 
     @torch.inference_mode()
@@ -119,7 +120,7 @@ def find_inputs(inputs: Sequence[str]) -> dict[Path, Path]:
     """Image file -> the name its results get, without suffix; of files, folders and patterns such as ``"*.jpg"``.
 
     Raises:
-        BadInput: One matches nothing, or two files would get the same name.
+        BadInput: One matches nothing, or two files would get the same name, or one's would lie among a video's frames.
     """
     named: dict[Path, Path] = {}
     taken: dict[Path, Path] = {}
@@ -128,22 +129,44 @@ def find_inputs(inputs: Sequence[str]) -> dict[Path, Path]:
         if other != file:
             raise BadInput(f"{file}: expected a name of its own, got the same as {other}: predict them apart")
         named[file] = name
+    for file, name in named.items():
+        for folder in name.parents:
+            if folder in taken and _is_video(taken[folder]):
+                message = f"a name outside the folder of {taken[folder]}'s frames, got one within: predict them apart"
+                raise BadInput(f"{file}: expected {message}")
     return named
 
 
 def _inputs(inputs: Sequence[str]) -> Iterator[tuple[Path, Path]]:
     for given in inputs:
         path = Path(given)
-        if path.is_dir():
+        with readable(path):
+            is_folder, is_there = path.is_dir(), path.exists()
+        if is_folder:
             found = images_below(path)
             if not found:
                 raise BadInput(f"{path}: expected images, got a folder without any")
             yield from ((file, file.relative_to(path).with_suffix("")) for file in found)
             continue
-        files = [path] if path.exists() else [Path(match) for match in sorted(glob.glob(given, recursive=True))]
+        files = [path] if is_there else [Path(match) for match in sorted(glob.glob(given, recursive=True))]
         if not files:
             raise BadInput(f"{given}: expected a file, a folder or a pattern, and nothing matches it")
         yield from ((file, Path(file.stem)) for file in files)
+
+
+def check_results(files: Mapping[Path, Path], out: Path, outputs: Sequence[str], overwrite: bool) -> None:
+    """Raise where :func:`predict_files` with these arguments would not be right.
+
+    Raises:
+        BadInput: One of ``outputs`` is unknown; a result is there already and ``overwrite`` is False.
+    """
+    if unknown := set(outputs) - set(OUTPUTS):
+        raise BadInput(f"outputs: expected some of {', '.join(OUTPUTS)}, got {', '.join(sorted(unknown))}")
+    for path in (_output(out, output, file, name) for file, name in files.items() for output in outputs):
+        with readable(path):
+            taken = path.exists()
+        if taken and not overwrite:
+            raise BadInput(f"{path}: there already; --overwrite replaces it")
 
 
 def predict_files(
@@ -163,13 +186,9 @@ def predict_files(
         Each file when it is done, and why it was skipped, or None.
 
     Raises:
-        BadInput: A result is there already, or cannot be written; nothing is overwritten.
+        BadInput: As :func:`check_results` does; a result cannot be written.
     """
-    if unknown := set(outputs) - set(OUTPUTS):
-        raise BadInput(f"outputs: expected some of {', '.join(OUTPUTS)}, got {', '.join(sorted(unknown))}")
-    for path in (_output(out, output, file, name) for file, name in files.items() for output in outputs):
-        if path.exists() and not overwrite:
-            raise BadInput(f"{path}: there already; --overwrite replaces it")
+    check_results(files, out, outputs, overwrite)
     for file, name in files.items():
         paths = {output: _output(out, output, file, name) for output in outputs}
         problem = None
@@ -202,7 +221,7 @@ def _predict_image(segment: Segmenter, file: Path, paths: Mapping[str, Path]) ->
 
 
 def _predict_video(segment: Segmenter, file: Path, paths: Mapping[str, Path]) -> None:
-    """Frame by frame; where a frame cannot be decoded, nothing of the whole video is written."""
+    """Frame by frame; where a frame cannot be decoded or encoded, nothing of the whole video is written."""
     colours = palette(segment.description.num_classes)
     videos: dict[str, video.Writer] = {}
     with ExitStack() as stack:
@@ -215,7 +234,7 @@ def _predict_video(segment: Segmenter, file: Path, paths: Mapping[str, Path]) ->
             shown = {"colour": colour, "overlay": overlaid(frame.pixels, colour)}
             for output in shown.keys() & paths.keys():
                 if output not in videos:
-                    videos[output] = stack.enter_context(video.writing(paths[output], frame))
+                    videos[output] = stack.enter_context(video.writing(paths[output], frame, file))
                 videos[output].write(frame._replace(pixels=shown[output]))
 
 

@@ -105,7 +105,7 @@ def build_network(settings: TrainSettings, data: Data, group: Ranks) -> tuple[Re
     config = timm.get_pretrained_cfg(model.trunk_name)
     mean, std = (list(c) for c in ((config.mean, config.std) if config else ((0.5,) * 3, (0.5,) * 3)))
     model.to(group.device).to(memory_format=torch.channels_last)
-    return model, Description(arguments, data.class_names, mean, std, settings.val_scale)
+    return model, Description(arguments, data.class_names, mean, std, settings.val_scale, settings.ignore_value)
 
 
 def report(settings: TrainSettings, data: Data, model: RefineNet, group: Ranks, out: Path) -> list[str]:

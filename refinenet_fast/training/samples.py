@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from refinenet_fast.training.files import BadInput
+from refinenet_fast.training.files import BadInput, readable, write_whole
 from refinenet_fast.training.pictures import palette, save_image, save_mask
 
 CLASSES = ("ground", "disc", "square", "triangle", "bar")
@@ -26,7 +26,9 @@ def write_samples(
     Raises:
         BadInput: ``folder`` is not empty, or cannot be written.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    with readable(folder):
+        taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    if taken:
         raise BadInput(f"{folder}: expected a folder that is empty or new, got one that holds something")
     for split, count in (("train", train), ("val", val)):
         for number in range(count):
@@ -34,7 +36,8 @@ def write_samples(
             image, mask = scene(generator, size)
             save_image(folder / "images" / split / f"{number:03d}.png", image)
             save_mask(folder / "masks" / split / f"{number:03d}.png", mask, palette(len(CLASSES)))
-    (folder / "classes.txt").write_text("\n".join(CLASSES) + "\n")
+    names = "\n".join(CLASSES) + "\n"
+    write_whole(folder / "classes.txt", lambda file: file.write(names.encode()))
 
 
 def scene(

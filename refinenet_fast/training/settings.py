@@ -117,6 +117,8 @@ class TrainSettings:
         for name in ("dropout", "flip", "ema"):
             if not 0 <= getattr(self, name) <= 1:
                 raise BadInput(f"{name}: expected a fraction from 0 to 1, got {getattr(self, name)}")
+        if not 0 <= self.seed < 2**63:
+            raise BadInput(f"seed: expected 0 or more and less than 2**63, got {self.seed}")
         if min(self.crop) < 1:
             raise BadInput(f"crop: expected two positive sizes, got {self.crop}")
         network = self.network()

@@ -80,16 +80,24 @@ class Writer:
 
 
 @contextmanager
-def writing(path: Path, first: Frame) -> Iterator[Writer]:
+def writing(path: Path, first: Frame, source: Path) -> Iterator[Writer]:
     """A :class:`Writer` of a file that is whole, or not there.
 
+    Args:
+        source: Where the frames are from.
+
     Raises:
+        Unreadable: The encoder does not take the frames: sides beyond its largest, times that go back.
         BadInput: It cannot be written.
     """
+    av = _import_av()
     with whole(path) as file:
-        writer = Writer(file, first)
-        yield writer
-        writer.close()
+        try:
+            writer = Writer(file, first)
+            yield writer
+            writer.close()
+        except av.FFmpegError as error:
+            raise Unreadable(f"{source}: expected frames that an MP4 can hold, got {first_line(error)}") from error
 
 
 def _import_av() -> Any:
