@@ -6,12 +6,7 @@
 #include "cuda/kernels.h"
 #include "cuda/plan_sm90.h"
 #include "plain_check.h"
-
-// Dynamic shared memory, of kernels that nobody calls.
-extern "C" {
-unsigned char shared_memory[1] __asm__("_ZN14refinenet_fast4cuda12_GLOBAL__N_16sharedE");
-unsigned char shared_memory_sm90[1] __asm__("_ZN14refinenet_fast4cuda4sm9012_GLOBAL__N_17dynamicE");
-}
+#include "shared_memory.h"
 
 using namespace refinenet_fast;
 using namespace refinenet_fast::cuda;

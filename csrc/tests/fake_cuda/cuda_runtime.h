@@ -111,7 +111,8 @@ struct Launch {
   size_t shared;
   cudaStream_t stream;
   int device;
-  size_t allowed;  // of dynamic shared memory, for this kernel
+  size_t allowed;                                     // of dynamic shared memory, for this kernel
+  std::vector<std::vector<unsigned char>> arguments;  // a parameter's bytes each
 };
 
 // What a test sets, and finds.
@@ -131,6 +132,12 @@ inline Runtime runtime;
 inline cudaError_t called(const char* name) {
   if (runtime.failing != name || runtime.after-- > 0) return cudaSuccess;
   return runtime.kept = runtime.with;
+}
+
+template <class T>
+std::vector<unsigned char> raw(const T& value) {
+  const auto* first = reinterpret_cast<const unsigned char*>(&value);
+  return {first, first + sizeof(T)};
 }
 
 }  // namespace fake
@@ -162,7 +169,7 @@ cudaError_t cudaFuncSetAttribute(Kernel kernel, cudaFuncAttribute, int bytes) {
 }
 
 template <class... Parameters, class... Arguments>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&...) {
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... given) {
   static_assert(sizeof...(Parameters) == sizeof...(Arguments), "an argument for each parameter");
   const cudaError_t error = fake::called("cudaLaunchKernelEx");
   if (error != cudaSuccess) return error;
@@ -172,8 +179,15 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     if (known == function) allowed = bytes;
   }
   const unsigned cluster = config->numAttrs ? config->attrs->val.clusterDim.x : 1;
-  fake::runtime.launches.push_back({function, config->gridDim.x, config->blockDim.x, cluster, config->dynamicSmemBytes,
-                                    config->stream, fake::runtime.device, allowed});
+  fake::runtime.launches.push_back({function,
+                                    config->gridDim.x,
+                                    config->blockDim.x,
+                                    cluster,
+                                    config->dynamicSmemBytes,
+                                    config->stream,
+                                    fake::runtime.device,
+                                    allowed,
+                                    {fake::raw<Parameters>(given)...}});
   return cudaSuccess;
 }
 
