@@ -149,6 +149,44 @@ void on_sm90a() {
   check_launches(0, "nothing without maps");
 }
 
+// Parameter `number` of the last launch is the map of a dense tensor of 16-bit elements, innermost dimension first.
+void check_map(size_t number, const void* tensor, DType dtype, const std::vector<uint64_t>& sizes,
+               const std::vector<uint32_t>& box) {
+  fake::Map map;
+  std::memcpy(&map, fake::runtime.launches.back().arguments[number].data(), sizeof(map));
+  check(map.tensor == tensor && map.rank == sizes.size(), "a map's tensor and rank", number, map.rank);
+  check(map.type == (dtype == DType::kBFloat16 ? 9 : 6), "CU_TENSOR_MAP_DATA_TYPE_...", number, map.type);
+  check(map.swizzle == (box[0] == 64 ? 3 : 2), "a swizzle of a box's rows", number, map.swizzle);
+  uint64_t stride = 2;
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    check(map.sizes[i] == sizes[i] && map.box[i] == box[i], "a map's sizes and box", number, i);
+    stride *= sizes[i];
+    if (i + 1 < sizes.size()) check(map.strides[i] == stride, "a map's strides", number, i);
+  }
+}
+
+// Boxes are as large as what the kernel expects at its barriers: 1024 bytes for each row of 8 pixels of 64 channels,
+// and half of a tile of weights.
+void maps_of_sm90a() {
+  const uint64_t n = 2, h = 33, w = 50, c = 128, k = 192;  // none is another
+  for (const DType dtype : {DType::kBFloat16, DType::kFloat16}) {
+    for (const uint32_t side : {3, 1}) {
+      PackedConvolution p = convolution({2, 33, 50, 128}, 192, dtype);
+      p.side = static_cast<int>(side);
+      p.tile = 128;
+      p.out.relued = somewhere(5);
+      anew(90, 132);
+      check(conv3x3(p, kDevice, stream()) == 0 && fake::runtime.maps == 4, "by wgmma", side);
+      const uint32_t rows = side == 3 ? 18 : 16;
+      check(64 * 8 * 2 == sm90::kAtomBytes && rows == sm90::kTileRows + side / 2 * 2, "bytes that are expected", rows);
+      check_map(0, p.x, dtype, {c, w, h, n}, {64, 8, rows, 1});
+      check_map(1, p.weights, dtype, {c, k, side * side}, {64, 64, 1});
+      check_map(2, p.out.y, dtype, {k, w, h, n}, {32, 8, 2, 1});
+      check_map(3, p.out.relued, dtype, {k, w, h, n}, {32, 8, 2, 1});
+    }
+  }
+}
+
 using Launcher = std::function<int()>;
 
 std::vector<std::pair<const char*, Launcher>> launchers() {
@@ -235,6 +273,7 @@ int main() {
   convolutions();
   splits();
   on_sm90a();
+  maps_of_sm90a();
   failing_calls();
   earlier_errors();
   too_many_blocks();
