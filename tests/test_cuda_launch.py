@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 import launched
+import refinenet_fast
 from emulator import backend
 from emulator.backend import Emulated
 from emulator.compilers import CSRC
@@ -208,3 +209,33 @@ def test_pools_and_resizes(make, dtype, c):
         kernels.bilinear(x, (9, 40), corners)
         kernels.bilinear(x, (9, 40), corners, add=large, overwrite_add=True)
         kernels.bilinear_backward(large, (5, 19), corners)
+
+
+def each(kernels: Emulated) -> None:
+    """Every function of the core, on (N, H, W, C) = (2, 5, 19, 40)."""
+    data = Data(BF16)
+    x, large, gy, weight = data(2, 40, 5, 19), data(2, 40, 9, 40), data(2, 72, 5, 19), data.weight(72, 40, 3, salt=1)
+    kernels.conv3x3(x, weight)
+    kernels.conv3x3_weight_grad(x, gy, weight)
+    kernels.maxpool5(x)
+    kernels.maxpool5_backward(x, torch.zeros(2, 40, 5, 19, dtype=torch.uint8))
+    kernels.bilinear(x, (9, 40), True)
+    kernels.bilinear_backward(large, (5, 19), True)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cudas_own_words_where_there_is_no_device(entered):
+    """Of every function, as it is called."""
+    if not refinenet_fast.build_info()["cuda"]["built"]:
+        pytest.skip("built without CUDA")
+    called = []
+
+    class Refused(Emulated):
+        def _call(self, function: str, like: Tensor, *arguments: object) -> None:
+            said = rf"^CUDA kernel {function} on \(N, H, W, C\) = \(2, 5, 19, 40\)(, K = 72)?: .*(driver|device)"
+            with pytest.raises(RuntimeError, match=said):
+                Cuda._call(self, function, SimpleNamespace(device=AT), *arguments)
+            called.append(function)
+
+    each(Refused())
+    assert called == ["conv3x3", "weight_grad", *backend.ENTRIES]
