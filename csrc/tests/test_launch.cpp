@@ -187,6 +187,16 @@ void maps_of_sm90a() {
   }
 }
 
+// What Python asks for nowhere, but would be read or written beyond an end.
+void refused() {
+  const Shape shape{1, 9, 9, 64};
+  anew();
+  PackedWeightGrad g = gradient(shape, 64);
+  g.parts = nullptr;
+  check(weight_grad(g, kDevice, stream()) == cudaErrorInvalidValue, "no room for sums");
+  check_launches(0, "nothing of those");
+}
+
 using Launcher = std::function<int()>;
 
 std::vector<std::pair<const char*, Launcher>> launchers() {
@@ -274,6 +284,7 @@ int main() {
   splits();
   on_sm90a();
   maps_of_sm90a();
+  refused();
   failing_calls();
   earlier_errors();
   too_many_blocks();
