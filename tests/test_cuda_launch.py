@@ -239,3 +239,14 @@ def test_cudas_own_words_where_there_is_no_device(entered):
 
     each(Refused())
     assert called == ["conv3x3", "weight_grad", *backend.ENTRIES]
+
+
+@needs_core
+@pytest.mark.parametrize("size", [(5, 5), (3, 1), (2, 2)], ids=str)
+def test_no_other_kernel_sizes(make, size):
+    kernels, x = make(), torch.ones(1, 8, 5, 7)
+    weight = torch.ones(8, 8, *size)
+    with pytest.raises(ValueError, match="weight: expected a 1x1 or 3x3 kernel, got"):
+        kernels.conv3x3(x, weight)
+    with pytest.raises(ValueError, match="weight: expected a 1x1 or 3x3 kernel, got"):
+        kernels.conv3x3_weight_grad(x, x, weight)

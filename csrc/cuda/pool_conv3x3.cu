@@ -166,7 +166,7 @@ Kernel kernel_of(int side, int outs) {
 }  // namespace
 
 int pool_conv3x3(const PackedConvolution& p, int device, void* stream) {
-  if (refusal(p.shape, p.k, true)) return cudaErrorInvalidValue;
+  if (!is_sound(p, true)) return cudaErrorInvalidValue;
   int processors;
   if (const int error = multiprocessors(device, &processors)) return error;
   const Plan chosen = plan(p, processors);

@@ -191,6 +191,15 @@ void maps_of_sm90a() {
 void refused() {
   const Shape shape{1, 9, 9, 64};
   anew();
+  for (const int side : {0, 2, 5}) {
+    PackedConvolution p = convolution(shape, 64);
+    PackedWeightGrad g = gradient(shape, 64);
+    p.side = g.side = side;
+    check(conv3x3(p, kDevice, stream()) == cudaErrorInvalidValue, "a convolution's side", side);
+    p.pool_in = true;
+    check(conv3x3(p, kDevice, stream()) == cudaErrorInvalidValue, "one's that pools", side);
+    check(weight_grad(g, kDevice, stream()) == cudaErrorInvalidValue, "a weight gradient's", side);
+  }
   PackedWeightGrad g = gradient(shape, 64);
   g.parts = nullptr;
   check(weight_grad(g, kDevice, stream()) == cudaErrorInvalidValue, "no room for sums");
