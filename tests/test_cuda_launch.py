@@ -6,6 +6,7 @@ run over a runtime without a GPU, which notes kernel, grid and every argument.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import struct
 from collections.abc import Callable
@@ -117,14 +118,16 @@ def compare(want: Expected, got: launched.Launched) -> None:
 
 
 @pytest.fixture
-def entered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if a device were there."""
-    streams = {AT: SimpleNamespace(cuda_stream=STREAM)}
+def entered(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
+    """As if a device were there: those that PyTorch was asked to make the current one."""
+    devices, streams = [], {AT: SimpleNamespace(cuda_stream=STREAM)}
     monkeypatch.setattr(torch.cuda, "current_stream", streams.__getitem__)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext(devices.append(device)))
+    return devices
 
 
 @pytest.fixture
-def make(monkeypatch: pytest.MonkeyPatch, entered: None) -> Callable[..., Both]:
+def make(monkeypatch: pytest.MonkeyPatch, entered: list[torch.device]) -> Callable[..., Both]:
     core = launched.core()
     monkeypatch.setattr(_native, "_C", core.module)
     return lambda *args, **settings: Both(core, monkeypatch, *args, **settings)
@@ -221,6 +224,12 @@ def each(kernels: Emulated) -> None:
     kernels.maxpool5_backward(x, torch.zeros(2, 40, 5, 19, dtype=torch.uint8))
     kernels.bilinear(x, (9, 40), True)
     kernels.bilinear_backward(large, (5, 19), True)
+
+
+@needs_core
+def test_the_tensors_device_is_made_current_by_pytorch(make, entered):
+    each(make(splits=1))
+    assert entered == [AT] * 6
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

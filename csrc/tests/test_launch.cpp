@@ -253,11 +253,25 @@ void failing_calls() {
           // The last call of cudaSetDevice puts the caller's device back: nobody is told of it.
           const bool last = fake::runtime.launches.size() == all;
           check(last || error == cudaErrorLaunchOutOfResources, call, error, after);
+          check(error != 0 || fake::runtime.kept == 0, "what is kept of that", fake::runtime.kept);
           if (call != calls[1]) check(fake::runtime.device == 1, "the caller's device after a failure");
           ++failed;
         }
       }
       check(failed >= 3, "calls that failed", failed);
+    }
+  }
+}
+
+// A device that is current already is neither set nor set back: cudaSetDevice could make a context there, or fail.
+void devices() {
+  for (const int capability : {80, 90}) {
+    for (const auto& [name, launch] : launchers()) {
+      anew(capability);
+      fake::runtime.device = kDevice;
+      check(launch() == 0 && fake::runtime.switches == 0, name, fake::runtime.switches);
+      anew(capability);
+      check(launch() == 0 && fake::runtime.switches % 2 == 0 && fake::runtime.device == 1, name);
     }
   }
 }
@@ -295,6 +309,7 @@ int main() {
   maps_of_sm90a();
   refused();
   failing_calls();
+  devices();
   earlier_errors();
   too_many_blocks();
   std::printf("%d failed\n", failures);

@@ -308,7 +308,8 @@ class Cuda(Native):
     def _call(self, function: str, like: Tensor, *arguments: object) -> None:
         assert _native._C is not None
         stream = torch.cuda.current_stream(like.device).cuda_stream
-        getattr(_native._C, f"cuda_{function}")(*arguments, like.device.index, stream)
+        with torch.cuda.device(like.device):  # which makes no context on the one before, as CUDA's runtime would
+            getattr(_native._C, f"cuda_{function}")(*arguments, like.device.index, stream)
 
 
 def _first_adds(way_out: WayOut, most: int) -> tuple[WayOut, WayOut]:

@@ -124,7 +124,8 @@ struct Runtime {
   cudaError_t kept = cudaSuccess;
   std::vector<Launch> launches;
   std::vector<std::pair<const void*, size_t>> allowed;
-  int maps = 0;  // tensor maps that were made
+  int maps = 0;      // tensor maps that were made
+  int switches = 0;  // calls of cudaSetDevice
 };
 inline Runtime runtime;
 
@@ -148,6 +149,7 @@ inline cudaError_t cudaGetDevice(int* device) {
 }
 
 inline cudaError_t cudaSetDevice(int device) {
+  ++fake::runtime.switches;
   const cudaError_t error = fake::called("cudaSetDevice");
   if (error == cudaSuccess) fake::runtime.device = device;
   return error;
