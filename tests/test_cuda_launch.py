@@ -251,6 +251,27 @@ def test_cudas_own_words_where_there_is_no_device(entered):
 
 
 @needs_core
+@pytest.mark.parametrize(
+    "archs, there",
+    [(["80-real", "90a-real", "100-real"], True), (["90a"], True), (["80"], False), (["90-real"], False)],
+)
+def test_a_build_without_sm90a_plans_for_the_other_loop(make, monkeypatch, archs, there):
+    kernels, seen = make("sm_90a", processors=132), []
+    monkeypatch.setattr(_native, "build_info", lambda: {"cuda": {"archs": archs}})
+    monkeypatch.setattr(kernels, "_has_hoppers_loop", lambda device: Cuda._has_hoppers_loop(kernels, device))
+    monkeypatch.setattr(kernels, "_call", lambda *arguments: None)
+    real = kernels.core.module.cuda_splits_conv3x3
+    noted = lambda *arguments: (seen.append(arguments[-2]), real(*arguments))[1]  # noqa: E731
+    monkeypatch.setattr(kernels.core.module, "cuda_splits_conv3x3", noted)
+    data = Data(BF16)
+    kernels.conv3x3(data(1, 64, 5, 7), data.weight(64, 64, 3, salt=1))
+    assert seen == [90 if there else 80]
+    assert kernels._takes_wgmma(BF16, torch.device("cpu"), 64, 64) == there
+    pooled = WayIn(pool=True)
+    assert kernels._pooled(data(1, 64, 5, 7), data.weight(64, 64, 3, salt=1), pooled)[1].pool == (not there)
+
+
+@needs_core
 @pytest.mark.parametrize("size", [(5, 5), (3, 1), (2, 2)], ids=str)
 def test_no_other_kernel_sizes(make, size):
     kernels, x = make(), torch.ones(1, 8, 5, 7)
