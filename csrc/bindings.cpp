@@ -248,7 +248,7 @@ void define_plan_sm90(py::module_& m, const std::string& name, Arguments (*from)
 }
 
 // Defines cuda_splits_<name>(..., capability, processors): how many splits its loop there makes, and the floats of room
-// that they take.
+// that they take. Of a Hopper `capability` is 90 only where the loop for sm_90a was built.
 template <class Arguments, class... Flat>
 void define_splits(py::module_& m, const std::string& name, Arguments (*from)(Flat...)) {
   m.def(("cuda_splits_" + name).c_str(), [from](Flat... flat, int capability, int processors) {

@@ -125,7 +125,7 @@ Kernel kernel_of(const PackedConvolution& p, const Plan& plan) {
 
 int conv3x3(const PackedConvolution& asked, int device, void* stream) {
   if (asked.pool_in) return pool_conv3x3(asked, device, stream);
-  if (refusal(asked.shape, asked.k) || (asked.splits > 1 && !asked.parts)) return cudaErrorInvalidValue;
+  if (!is_sound(asked) || (asked.splits > 1 && !asked.parts)) return cudaErrorInvalidValue;
   PackedConvolution p = asked;
   if (!p.parts) p.splits = 1;  // the caller, who makes room for them, has asked the plan
   int processors;

@@ -55,41 +55,29 @@ struct Position {
   }
 };
 
-// One block's tiles in the order in which it computes them: all output channels of some pixels, then the next ones. A
-// cluster's blocks take neighbouring pixels, the same output channels, and equally many tiles: where pixels run out,
-// one beyond the last image. Where input channels are split, all that for the first slices, then for the next ones.
+// One block's tiles, every so many-th of plan_sm90.h's order; first the cluster's own number.
 template <int kOuts>
-class Tiles {
+class Tiles : public SplitTile {
  public:
   __device__ __forceinline__ explicit Tiles(const PackedConvolution& p)
-      : down_(blocks_of<int32_t>(p.shape.h, kTileRows)),
-        across_(blocks_of<int32_t>(p.shape.w, kTileColumns)),
-        outs_(blocks_of<int32_t>(p.k, kOuts)),
-        count_(static_cast<int32_t>(pixel_groups(p.shape)) * outs_),
+      : order_(tile_order(p, kOuts)),
         slices_(blocks_of<int32_t>(p.shape.c, kSlice)),
         splits_(p.splits),
         next_(blockIdx.x / kCluster) {}
 
   __device__ __forceinline__ bool take() {
-    split = next_ / count_;
-    if (split >= splits_) return false;
-    const int32_t number = next_ - split * count_;
-    const int32_t tile = number / outs_ * kCluster + static_cast<int32_t>(ptx::cluster_rank());
-    out = number % outs_ * kOuts;
-    first = {tile / across_ / down_, tile / across_ % down_ * kTileRows, tile % across_ * kTileColumns};
+    static_cast<SplitTile&>(*this) = tile_at(order_, next_, static_cast<int32_t>(ptx::cluster_rank()));
     next_ += gridDim.x / kCluster;
-    return true;
+    return split < splits_;
   }
 
+  // The split's slices are begin() ... end() - 1.
   __device__ __forceinline__ int32_t begin() const { return split_begin(slices_, split, splits_); }
   __device__ __forceinline__ int32_t end() const { return split_begin(slices_, split + 1, splits_); }
 
-  Pixel first;    // pixel
-  int32_t out;    // the first output channel
-  int32_t split;  // whose slices are begin() ... end() - 1
-
  private:
-  int32_t down_, across_, outs_, count_, slices_, splits_, next_;
+  TileOrder order_;
+  int32_t slices_, splits_, next_;
 };
 
 // ---- The producer: one thread ---------------------------------------------------------------------------------------

@@ -56,19 +56,23 @@ int vector_lanes(int64_t channels, std::initializer_list<const void*> tensors) {
   return channels % kLanes == 0 && bits % 16 == 0 ? kLanes : 1;
 }
 
-// The caller's device is restored on every way out.
+// The caller's device is restored on every way out. Nothing is set where it is the one: cudaSetDevice makes a context,
+// with memory of its own, on a device that has none yet, and fails where that is another process's alone.
 class OnDevice {
  public:
   explicit OnDevice(int device) : error_(cudaGetDevice(&before_)) {
-    if (error_ == cudaSuccess) error_ = cudaSetDevice(device);
+    if (error_ != cudaSuccess || before_ == device) return;
+    error_ = cudaSetDevice(device);
+    is_other_ = error_ == cudaSuccess;
   }
   ~OnDevice() {
-    if (before_ >= 0) cudaSetDevice(before_);
+    if (is_other_ && cudaSetDevice(before_) != cudaSuccess) cudaGetLastError();  // nobody is told: nor is it kept
   }
   cudaError_t error() const { return error_; }
 
  private:
   int before_ = -1;
+  bool is_other_ = false;
   cudaError_t error_;
 };
 

@@ -57,6 +57,12 @@ inline const char* refusal(const Shape& s, int64_t k, bool pool = false) {
   return nullptr;
 }
 
+// Whether launchers take a request; Python asks refusal(), and has checked the rest.
+template <class Request>
+bool is_sound(const Request& p, bool pool = false) {
+  return !refusal(p.shape, p.k, pool) && (p.side == 1 || p.side == 3);
+}
+
 // Whether every pixel of what a way out reads and writes is whole chunks.
 inline bool whole_out(const PackedConvolution& p) {
   int piece = piece_of(p.dtype, {p.k}, {p.parts, p.out.y, p.out.relued, p.out.select, p.out.low});

@@ -66,6 +66,36 @@ REFINENET_FAST_BOTH constexpr int64_t pixel_groups(const Shape& s) {
   return blocks_of<int64_t>(s.n * blocks_of<int64_t>(s.h, kTileRows) * blocks_of<int64_t>(s.w, kTileColumns), kCluster);
 }
 
+// The order in which tiles are computed: all output channels of some pixels, then the next ones. A cluster's blocks
+// take neighbouring pixels, the same output channels, and equally many tiles: where pixels run out, one beyond the last
+// image. Where input channels are split, all that for the first slices, then for the next ones.
+struct TileOrder {
+  int32_t down, across;  // tiles of an image
+  int32_t width, outs;   // output channels of a tile, and tiles of them
+  int32_t count;         // clusters' worth of tiles, for each split
+};
+
+REFINENET_FAST_BOTH TileOrder tile_order(const PackedConvolution& p, int32_t width) {
+  const int32_t down = blocks_of<int32_t>(p.shape.h, kTileRows), across = blocks_of<int32_t>(p.shape.w, kTileColumns);
+  const int32_t outs = blocks_of<int32_t>(p.k, width);
+  return {down, across, width, outs, static_cast<int32_t>(pixel_groups(p.shape)) * outs};
+}
+
+struct SplitTile {
+  Pixel first;    // pixel
+  int32_t out;    // the first output channel
+  int32_t split;  // of the input channels
+};
+
+// What block `rank` of a cluster computes of its tiles number `number`.
+REFINENET_FAST_BOTH SplitTile tile_at(const TileOrder& order, int32_t number, int32_t rank) {
+  const int32_t split = number / order.count, own = number - split * order.count;
+  const int32_t tile = own / order.outs * kCluster + rank, line = tile / order.across;
+  return {{line / order.down, line % order.down * kTileRows, tile % order.across * kTileColumns},
+          own % order.outs * order.width,
+          split};
+}
+
 // Tensor maps want rows of whole chunks at aligned addresses, and strides below 2^40 bytes.
 inline bool takes(const PackedConvolution& p, int capability) {
   if (capability != kCapability || p.sm80_loop || p.pool_in || p.dtype == DType::kFloat32) return false;

@@ -146,9 +146,9 @@ __global__ void __launch_bounds__(kProductThreads, kResident) pool_kernel(Reques
       });
 
   const auto place_of = [&](int pixel) -> Place {
-    const int32_t h = p.shape.h, w = p.shape.w;
     const Pixel at{first.image, first.row + pixel / kTileEdge, first.column + pixel % kTileEdge};
-    return {at, (at.image * h + at.row) * w + at.column, at.row < h && at.column < w};
+    const int32_t number = number_of(at, p.shape.h, p.shape.w);
+    return {at, number, number >= 0};
   };
   finish<T, Block>(request, sum, shared, place_of, first_out);
 }
@@ -166,7 +166,7 @@ Kernel kernel_of(int side, int outs) {
 }  // namespace
 
 int pool_conv3x3(const PackedConvolution& p, int device, void* stream) {
-  if (refusal(p.shape, p.k, true)) return cudaErrorInvalidValue;
+  if (!is_sound(p, true)) return cudaErrorInvalidValue;
   int processors;
   if (const int error = multiprocessors(device, &processors)) return error;
   const Plan chosen = plan(p, processors);

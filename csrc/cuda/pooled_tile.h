@@ -39,6 +39,11 @@ REFINENET_FAST_BOTH int32_t raw_pixel(const Pixel& first, int32_t row, int32_t c
   return (first.image * h + clamped(first.row - kBefore + row, h)) * w + clamped(first.column - kBefore + column, w);
 }
 
+// The number in memory of a pixel of the tile; -1 where that is not one of the image, which may have no number at all.
+REFINENET_FAST_BOTH int32_t number_of(const Pixel& at, int32_t h, int32_t w) {
+  return at.row < h && at.column < w ? (at.image * h + at.row) * w + at.column : -1;
+}
+
 // Whether (row, column) of the kPooled x kPooled pixels is a pixel of the image; if not, taps read 0 there.
 template <int kSide>
 REFINENET_FAST_BOTH bool is_pooled(const Pixel& first, int32_t row, int32_t column, int32_t h, int32_t w) {

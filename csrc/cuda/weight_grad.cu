@@ -292,7 +292,7 @@ Kernel sum_kernel_of(DType dtype) {
 }  // namespace
 
 int weight_grad(const PackedWeightGrad& p, int device, void* stream) {
-  if (refusal(p.shape, p.k)) return cudaErrorInvalidValue;
+  if (!is_sound(p) || !p.parts) return cudaErrorInvalidValue;
   const Plan chosen = plan(p, 0);  // the splits are the caller's, who has room for that many
   const Kernel product = by_arithmetic(p, [&](auto math) { return kernel_of<decltype(math)>(p, chosen); });
   const Request request{p, divider(p.shape.h), divider(p.shape.w), chosen.splits, chosen.shares, chosen.piece};

@@ -6,12 +6,7 @@
 #include "cuda/kernels.h"
 #include "cuda/plan_sm90.h"
 #include "plain_check.h"
-
-// Dynamic shared memory, of kernels that nobody calls.
-extern "C" {
-unsigned char shared_memory[1] __asm__("_ZN14refinenet_fast4cuda12_GLOBAL__N_16sharedE");
-unsigned char shared_memory_sm90[1] __asm__("_ZN14refinenet_fast4cuda4sm9012_GLOBAL__N_17dynamicE");
-}
+#include "shared_memory.h"
 
 using namespace refinenet_fast;
 using namespace refinenet_fast::cuda;
@@ -154,6 +149,63 @@ void on_sm90a() {
   check_launches(0, "nothing without maps");
 }
 
+// Parameter `number` of the last launch is the map of a dense tensor of 16-bit elements, innermost dimension first.
+void check_map(size_t number, const void* tensor, DType dtype, const std::vector<uint64_t>& sizes,
+               const std::vector<uint32_t>& box) {
+  fake::Map map;
+  std::memcpy(&map, fake::runtime.launches.back().arguments[number].data(), sizeof(map));
+  check(map.tensor == tensor && map.rank == sizes.size(), "a map's tensor and rank", number, map.rank);
+  check(map.type == (dtype == DType::kBFloat16 ? 9 : 6), "CU_TENSOR_MAP_DATA_TYPE_...", number, map.type);
+  check(map.swizzle == (box[0] == 64 ? 3 : 2), "a swizzle of a box's rows", number, map.swizzle);
+  uint64_t stride = 2;
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    check(map.sizes[i] == sizes[i] && map.box[i] == box[i], "a map's sizes and box", number, i);
+    stride *= sizes[i];
+    if (i + 1 < sizes.size()) check(map.strides[i] == stride, "a map's strides", number, i);
+  }
+}
+
+// Boxes are as large as what the kernel expects at its barriers: 1024 bytes for each row of 8 pixels of 64 channels,
+// and half of a tile of weights.
+void maps_of_sm90a() {
+  const uint64_t n = 2, h = 33, w = 50, c = 128, k = 192;  // none is another
+  for (const DType dtype : {DType::kBFloat16, DType::kFloat16}) {
+    for (const uint32_t side : {3, 1}) {
+      PackedConvolution p = convolution({2, 33, 50, 128}, 192, dtype);
+      p.side = static_cast<int>(side);
+      p.tile = 128;
+      p.out.relued = somewhere(5);
+      anew(90, 132);
+      check(conv3x3(p, kDevice, stream()) == 0 && fake::runtime.maps == 4, "by wgmma", side);
+      const uint32_t rows = side == 3 ? 18 : 16;
+      check(64 * 8 * 2 == sm90::kAtomBytes && rows == sm90::kTileRows + side / 2 * 2, "bytes that are expected", rows);
+      check_map(0, p.x, dtype, {c, w, h, n}, {64, 8, rows, 1});
+      check_map(1, p.weights, dtype, {c, k, side * side}, {64, 64, 1});
+      check_map(2, p.out.y, dtype, {k, w, h, n}, {32, 8, 2, 1});
+      check_map(3, p.out.relued, dtype, {k, w, h, n}, {32, 8, 2, 1});
+    }
+  }
+}
+
+// What Python asks for nowhere, but would be read or written beyond an end.
+void refused() {
+  const Shape shape{1, 9, 9, 64};
+  anew();
+  for (const int side : {0, 2, 5}) {
+    PackedConvolution p = convolution(shape, 64);
+    PackedWeightGrad g = gradient(shape, 64);
+    p.side = g.side = side;
+    check(conv3x3(p, kDevice, stream()) == cudaErrorInvalidValue, "a convolution's side", side);
+    p.pool_in = true;
+    check(conv3x3(p, kDevice, stream()) == cudaErrorInvalidValue, "one's that pools", side);
+    check(weight_grad(g, kDevice, stream()) == cudaErrorInvalidValue, "a weight gradient's", side);
+  }
+  PackedWeightGrad g = gradient(shape, 64);
+  g.parts = nullptr;
+  check(weight_grad(g, kDevice, stream()) == cudaErrorInvalidValue, "no room for sums");
+  check_launches(0, "nothing of those");
+}
+
 using Launcher = std::function<int()>;
 
 std::vector<std::pair<const char*, Launcher>> launchers() {
@@ -201,11 +253,25 @@ void failing_calls() {
           // The last call of cudaSetDevice puts the caller's device back: nobody is told of it.
           const bool last = fake::runtime.launches.size() == all;
           check(last || error == cudaErrorLaunchOutOfResources, call, error, after);
+          check(error != 0 || fake::runtime.kept == 0, "what is kept of that", fake::runtime.kept);
           if (call != calls[1]) check(fake::runtime.device == 1, "the caller's device after a failure");
           ++failed;
         }
       }
       check(failed >= 3, "calls that failed", failed);
+    }
+  }
+}
+
+// A device that is current already is neither set nor set back: cudaSetDevice could make a context there, or fail.
+void devices() {
+  for (const int capability : {80, 90}) {
+    for (const auto& [name, launch] : launchers()) {
+      anew(capability);
+      fake::runtime.device = kDevice;
+      check(launch() == 0 && fake::runtime.switches == 0, name, fake::runtime.switches);
+      anew(capability);
+      check(launch() == 0 && fake::runtime.switches % 2 == 0 && fake::runtime.device == 1, name);
     }
   }
 }
@@ -240,7 +306,10 @@ int main() {
   convolutions();
   splits();
   on_sm90a();
+  maps_of_sm90a();
+  refused();
   failing_calls();
+  devices();
   earlier_errors();
   too_many_blocks();
   std::printf("%d failed\n", failures);

@@ -1,5 +1,6 @@
 // Tiles that pool on the way in, which are plain C++: against the definition of a 5x5 max pool with padding 2, for maps
 // smaller and larger than a tile; and where they lie in shared memory.
+#include <limits>
 #include <set>
 
 #include "cuda/plan.h"
@@ -33,8 +34,11 @@ void pooled_pixels(int32_t n, int32_t h, int32_t w) {
     check(first.image < n && first.row < h && first.column < w, "a tile's first pixel", tile);
     for (uint32_t pixel = 0; pixel < 64; ++pixel) {
       const int32_t row = first.row + pixel / 8, column = first.column + pixel % 8;
-      if (row >= h || column >= w) continue;
-      pixels.insert((first.image * h + row) * w + column);
+      const int32_t number = number_of({first.image, row, column}, h, w);
+      check((number >= 0) == (row < h && column < w), "a pixel of the image", row, column);
+      if (number < 0) continue;
+      check(number == (first.image * h + row) * w + column, "a pixel's number", row, column);
+      pixels.insert(number);
       for (uint32_t tap = 0; tap < kSide * kSide; ++tap) {
         const Tap shift = tap_at(tap, kSide);
         const uint32_t slot = slot_of_tap<kSide>(pixel, tap);
@@ -51,6 +55,19 @@ void pooled_pixels(int32_t n, int32_t h, int32_t w) {
     }
   }
   check(static_cast<int32_t>(pixels.size()) == n * h * w, "every pixel", h, w);
+}
+
+// Of sizes near the most that are taken, pixels beyond the image have numbers beyond 2^31.
+void largest() {
+  const int32_t w = std::numeric_limits<int32_t>::max() - 200, tall = (1 << 15) - 1, wide = 1 << 16;
+  check(refusal({1, 1, w, 8}, 8, true) == nullptr && refusal({1, tall, wide, 8}, 8, true) == nullptr, "taken");
+  check(number_of({0, 0, w - 1}, 1, w) == w - 1, "the last pixel of a line");
+  for (int32_t row = 0; row < 8; ++row) {
+    for (int32_t column = w - w % 8; column < w - w % 8 + 8; ++column) {
+      check((number_of({0, row, column}, 1, w) >= 0) == (row == 0 && column < w), "one line", row, column);
+    }
+    check((number_of({0, tall - 7 + row, wide - 1}, tall, wide) >= 0) == (row < 7), "a map", row);
+  }
 }
 
 // Each chunk has a place of its own. What threads touch at once lies in different banks: two rows' or two columns'
@@ -113,6 +130,7 @@ int main() {
       pooled_pixels<3>(2, h, w);
     }
   }
+  largest();
   places<1>();
   places<3>();
   plans();

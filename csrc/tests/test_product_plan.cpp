@@ -1,5 +1,6 @@
 // Index functions and plans of the CUDA products, which are plain C++: against their definitions, at the ends of their
 // ranges too.
+#include <array>
 #include <limits>
 #include <set>
 
@@ -180,6 +181,57 @@ void convolution_splits() {
   check(splits(p) == 1, "a pool on the way in");
 }
 
+// Every tile of every split is taken once, however many clusters take turns; nothing else but, by the last cluster of a
+// split, tiles beyond the last image.
+void tiles_of_sm90a() {
+  for (const Shape& s : {Shape{1, 1, 1, 8}, Shape{3, 5, 20, 8}, Shape{1, 17, 9, 8}, Shape{2, 33, 9, 8}}) {
+    for (const int64_t k : {24, 200}) {
+      PackedConvolution p = convolution(s, k);
+      const sm90::TileOrder order = sm90::tile_order(p, 64);
+      const int64_t pixels = s.n * ((s.h + 15) / 16) * ((s.w + 7) / 8), outs = (k + 63) / 64;
+      for (const int32_t splits : {1, 3}) {
+        for (const int32_t clusters : {1, 2, 7, 100}) {
+          std::set<std::array<int32_t, 5>> taken;
+          int64_t beyond = 0;
+          for (int32_t cluster = 0; cluster < clusters; ++cluster) {
+            for (int32_t number = cluster;; number += clusters) {
+              const sm90::SplitTile a = sm90::tile_at(order, number, 0), b = sm90::tile_at(order, number, 1);
+              check((a.split >= splits) == (number >= order.count * splits), "the last tile", number);
+              if (a.split >= splits) break;
+              check(a.out == b.out && a.split == b.split, "what a cluster shares", number);
+              for (const sm90::SplitTile& tile : {a, b}) {
+                const Pixel& at = tile.first;
+                beyond += at.image >= s.n;
+                if (at.image >= s.n) continue;
+                check(at.row < s.h && at.row % 16 == 0 && at.column < s.w && at.column % 8 == 0, "a tile", number);
+                check(tile.out < k && tile.out % 64 == 0, "output channels", number, tile.out);
+                check(taken.insert({at.image, at.row, at.column, tile.out, tile.split}).second, "once", number);
+              }
+            }
+          }
+          check(static_cast<int64_t>(taken.size()) == pixels * outs * splits, "every tile", taken.size(), splits);
+          check(beyond == pixels % 2 * outs * splits, "tiles of no pixels", beyond, splits);
+        }
+      }
+    }
+  }
+}
+
+// As many as are taken, the last of them.
+void most_tiles_of_sm90a() {
+  for (const int64_t k : {64, 128}) {
+    const int64_t n = kMostCounted * 64 / k;
+    const PackedConvolution p = convolution({n, 1, 1, 8}, k);
+    check(refusal(p.shape, k) == nullptr && sm90::takes(p, 90), "taken", n, k);
+    check(!sm90::takes(convolution({n + 2, 1, 1, 8}, k), 90), "one cluster more", n, k);
+    const sm90::TileOrder order = sm90::tile_order(p, 64);
+    check(order.count == kMostCounted / 2, "tiles", order.count, k);
+    const sm90::SplitTile last = sm90::tile_at(order, order.count - 1, 1);
+    check(last.first.image == n - 1 && last.out == k - 64 && last.split == 0, "the last", last.first.image, last.out);
+    check(sm90::tile_at(order, order.count - 1 + 100, 1).split == 1, "behind it", k);
+  }
+}
+
 void weight_grad_plans() {
   PackedWeightGrad p{};
   p.shape = {8, 128, 128, 256};
@@ -221,6 +273,8 @@ int main() {
   convolution_plans();
   convolution_plans_of_sm90a();
   convolution_splits();
+  tiles_of_sm90a();
+  most_tiles_of_sm90a();
   weight_grad_plans();
   refusals();
   std::printf("%d failed\n", failures);

@@ -53,7 +53,8 @@ class Cuda(Native):
         "channels or addresses that 16 bytes do not divide: tiles of 64 channels, copies of 8 or 4 bytes or elements",
         "more than 2^31 - 128 pixels, weights or blocks: the vendor's convolution",
         f"a pool before more than {POOLED_CHANNELS} output channels: a kernel of its own",
-        "on Hopper a pool before a 3x3 convolution of 16-bit types: a kernel of its own, unless a table says otherwise",
+        "on Hopper a pool before a 3x3 convolution of 16-bit types: a kernel of its own, where built for sm_90a and "
+        "unless a table says otherwise",
     )
     # Pixels and channels of a block of the convolutions: 128 or 64; after a pool and on sm_90a channels alone, 256 too
     tile = 0  # 0: by the sizes
@@ -101,6 +102,11 @@ class Cuda(Native):
     def _architecture(self, device: torch.device) -> Architecture:
         return architecture_of(device)
 
+    def _has_hoppers_loop(self, device: torch.device) -> bool:
+        """Whether convolutions there run by wgmma: on Hopper, where REFINENET_FAST_CUDA_ARCHS had that built."""
+        archs = _native.build_info()["cuda"]["archs"]
+        return self._architecture(device).capability == 90 and any(arch.startswith("90a") for arch in archs)
+
     def _choice(self, kernel: str, x: Tensor, weight: Tensor, rotated: bool = False) -> Choice | None:
         """What the tables say of one of :data:`TILES`: "vendor", "apart" (of a pool), or a tile."""
         (n, c, h, w), k, taps = x.shape, weight.shape[1 if rotated else 0], weight.shape[2] * weight.shape[3]
@@ -111,7 +117,7 @@ class Cuda(Native):
         """Whether Hopper's own loop takes a convolution with so many channels: tensors as PyTorch allocates them."""
         size = torch.finfo(dtype).bits // 8
         whole = c * size % CHUNK == 0 and k * size % CHUNK == 0
-        return self._architecture(device).capability == 90 and size == 2 and whole and not self.sm80_loop
+        return self._has_hoppers_loop(device) and size == 2 and whole and not self.sm80_loop
 
     def _tiling(self, kernel: str, x: Tensor, weight: Tensor, rotated: bool = False) -> tuple[int, int]:
         """Output channels of a block, and splits of the input channels; 0 where neither anyone nor the tables say."""
@@ -251,8 +257,9 @@ class Cuda(Native):
             steps = *adds, *resized, fused.relu
             return *buffers, *steps, (n, h, w, c, k), *kinds, tile, splits, self.sm80_loop
 
-        on = self._architecture(x.device)
-        splits, room = _native._C.cuda_splits_conv3x3(*arguments(None, splits), on.capability, on.processors)
+        capability = 90 if self._has_hoppers_loop(x.device) else 80
+        processors = self._architecture(x.device).processors
+        splits, room = _native._C.cuda_splits_conv3x3(*arguments(None, splits), capability, processors)
         parts = torch.empty(room, dtype=torch.float32, device=x.device) if splits > 1 else None
         self._call("conv3x3", x, *arguments(parts, splits))
         return self.way_out(y, left)
@@ -308,7 +315,8 @@ class Cuda(Native):
     def _call(self, function: str, like: Tensor, *arguments: object) -> None:
         assert _native._C is not None
         stream = torch.cuda.current_stream(like.device).cuda_stream
-        getattr(_native._C, f"cuda_{function}")(*arguments, like.device.index, stream)
+        with torch.cuda.device(like.device):  # which makes no context on the one before, as CUDA's runtime would
+            getattr(_native._C, f"cuda_{function}")(*arguments, like.device.index, stream)
 
 
 def _first_adds(way_out: WayOut, most: int) -> tuple[WayOut, WayOut]:

@@ -46,7 +46,9 @@ def uses_tf32(dtype: torch.dtype) -> bool:
 
 
 def check_weight(weight: Tensor, x: Tensor, channels: int) -> None:
-    """Below here it is an address: its dimension ``channels`` has those of x (N, C, H, W), on the same device."""
+    """Below here it is an address: 3x3 or 1x1, dimension ``channels`` those of x (N, C, H, W), on the same device."""
+    if weight.shape[2:] not in ((1, 1), (3, 3)):
+        raise ValueError(f"weight: expected a 1x1 or 3x3 kernel, got {tuple(weight.shape)}")
     if weight.shape[channels] != x.shape[1] or weight.device != x.device:
         expected, got = f"{x.shape[1]} on {x.device}", f"{weight.shape[channels]} on {weight.device}"
         raise ValueError(f"weight: expected dimension {channels} to be {expected}, got {got}")

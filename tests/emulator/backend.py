@@ -126,6 +126,9 @@ class Emulated(Cuda):
     def _architecture(self, device: torch.device) -> Architecture:
         return replace(A100, capability=int(re.sub(r"\D", "", self.arch)), processors=self.processors)
 
+    def _has_hoppers_loop(self, device: torch.device) -> bool:
+        return self.arch == "sm_90a"
+
     def _call(self, function: str, like: Tensor, *arguments: object) -> None:
         if function in ("conv3x3", "weight_grad"):
             headers = tuple((path, text) for path, text in self.changed.items() if path.endswith(".h"))

@@ -1,6 +1,7 @@
 """Launches of the CUDA products: host code of the convolutions' and the weight gradient's files in csrc/cuda.
 
-What they are made of, tiles, blocks and shared memory, comes from ``csrc/cuda/plan.h`` and ``plan_sm90.h`` themselves.
+Tiles, blocks, shared memory and splits come from ``csrc/cuda/plan.h`` and ``plan_sm90.h`` themselves. Kernels' names,
+arguments and tensor maps are written here once more: ``tests/test_cuda_launch.py`` holds them to the launchers' own.
 """
 
 from __future__ import annotations
@@ -125,13 +126,14 @@ def convolution(
     )
     pitch = -(-c * size // CHUNK) * CHUNK
     pixels, taps = bytes_at(x, n * h * w * c * size), bytes_at(weights, side * side * k * pitch)
-    options = n, h, w, c, k, side, dtype, tile, plan.splits, exact, turned, relu_in, pool_in, sm80_loop
+    made = splits if pool_in else plan.splits  # what pools does not ask
+    options = n, h, w, c, k, side, dtype, tile, made, exact, turned, relu_in, pool_in, sm80_loop
     sums = bytes_at(parts, plan.parts * 4)
-    asked = sums, *way_out, *options
+    asked = pixels, taps, sums, *way_out, *options
     layout = f"3Q{4 + MOST_ADDS + 1}Qqq?7xqq?7x2i?7x4qq4i5?3x"
     whole_out = k * size % CHUNK == 0 and not any(m % CHUNK for m in [*maps, parts])
     lanes = CHUNK // size if whole_out else 1
-    given = Struct(f"{layout}9I4x", (0, 0, *asked, *divider(k // lanes), *divider(h), *divider(w)))
+    given = Struct(f"{layout}9I4x", (*asked, *divider(k // lanes), *divider(h), *divider(w)))
     threads = -(-n * h * w * k // lanes // SUM_THREADS)
     name = f"splits_kernelI{ELEMENTS[dtype]}Li{lanes}E"
     summed = [Launch("cuda/conv3x3_splits.cu", name, threads, SUM_THREADS, 0, (given,))] * (plan.splits > 1)
@@ -142,15 +144,13 @@ def convolution(
             tensor_map(pixels, (n, h, w, c), box, dtype),
             tensor_map(taps, (side * side, k, c), (1, part, SM90_SLICE), dtype),
             *(tensor_map(m, (n, h, w, k), SM90_STORED, dtype) for m in stored),
-            Struct(layout, (0, 0, *asked)),
+            Struct(layout, asked),
         )
         name = f"{name_of('wgmma_kernel', dtype, exact, relu_in)}Li{plan.outs}E"
         source = "cuda/conv3x3_sm90.cu"
         return [Launch(source, name, plan.blocks, SM90_THREADS, plan.shared, arguments, SM90_CLUSTER), *summed]
     down, across = (-(-h // TILE_EDGE), -(-w // TILE_EDGE)) if pool_in else (h, w)
-    request = Struct(
-        f"{layout}IIIIII?3xi", (pixels, taps, *asked, *divider(down), *divider(across), whole_out, plan.piece)
-    )
+    request = Struct(f"{layout}IIIIII?3xi", (*asked, *divider(down), *divider(across), whole_out, plan.piece))
     if pool_in:
         name = f"pool_kernelINS0_{product_of(dtype, exact)}ELi{side}ELi{plan.tile}E"
         return [Launch("cuda/pool_conv3x3.cu", name, plan.blocks, THREADS, plan.shared, (request,))]

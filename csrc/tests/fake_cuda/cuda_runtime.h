@@ -111,7 +111,8 @@ struct Launch {
   size_t shared;
   cudaStream_t stream;
   int device;
-  size_t allowed;  // of dynamic shared memory, for this kernel
+  size_t allowed;                                     // of dynamic shared memory, for this kernel
+  std::vector<std::vector<unsigned char>> arguments;  // a parameter's bytes each
 };
 
 // What a test sets, and finds.
@@ -123,7 +124,8 @@ struct Runtime {
   cudaError_t kept = cudaSuccess;
   std::vector<Launch> launches;
   std::vector<std::pair<const void*, size_t>> allowed;
-  int maps = 0;  // tensor maps that were made
+  int maps = 0;      // tensor maps that were made
+  int switches = 0;  // calls of cudaSetDevice
 };
 inline Runtime runtime;
 
@@ -131,6 +133,12 @@ inline Runtime runtime;
 inline cudaError_t called(const char* name) {
   if (runtime.failing != name || runtime.after-- > 0) return cudaSuccess;
   return runtime.kept = runtime.with;
+}
+
+template <class T>
+std::vector<unsigned char> raw(const T& value) {
+  const auto* first = reinterpret_cast<const unsigned char*>(&value);
+  return {first, first + sizeof(T)};
 }
 
 }  // namespace fake
@@ -141,6 +149,7 @@ inline cudaError_t cudaGetDevice(int* device) {
 }
 
 inline cudaError_t cudaSetDevice(int device) {
+  ++fake::runtime.switches;
   const cudaError_t error = fake::called("cudaSetDevice");
   if (error == cudaSuccess) fake::runtime.device = device;
   return error;
@@ -162,7 +171,7 @@ cudaError_t cudaFuncSetAttribute(Kernel kernel, cudaFuncAttribute, int bytes) {
 }
 
 template <class... Parameters, class... Arguments>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&...) {
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... given) {
   static_assert(sizeof...(Parameters) == sizeof...(Arguments), "an argument for each parameter");
   const cudaError_t error = fake::called("cudaLaunchKernelEx");
   if (error != cudaSuccess) return error;
@@ -172,8 +181,15 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     if (known == function) allowed = bytes;
   }
   const unsigned cluster = config->numAttrs ? config->attrs->val.clusterDim.x : 1;
-  fake::runtime.launches.push_back({function, config->gridDim.x, config->blockDim.x, cluster, config->dynamicSmemBytes,
-                                    config->stream, fake::runtime.device, allowed});
+  fake::runtime.launches.push_back({function,
+                                    config->gridDim.x,
+                                    config->blockDim.x,
+                                    cluster,
+                                    config->dynamicSmemBytes,
+                                    config->stream,
+                                    fake::runtime.device,
+                                    allowed,
+                                    {fake::raw<Parameters>(given)...}});
   return cudaSuccess;
 }
 
