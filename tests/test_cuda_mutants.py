@@ -140,7 +140,7 @@ MUTANTS = (
     Mutant("sm90_same_row_for_every_tap", SM90, SM90, "(group_ * kGroupRows + dy)", "(group_ * kGroupRows)", "result"),
     Mutant("sm90_reads_unturned_chunks", SM90, SM90, "((i * 2 + lane / 16) ^ pixel % 8)", "(i * 2 + lane / 16)",
            "result"),
-    Mutant("sm90_every_cluster_begins_with_the_first", SM90, SM90, "next_(blockIdx.x / kCluster)", "next_(0)", "result"),
+    Mutant("sm90_clusters_begin_with_the_first", SM90, SM90, "next_(blockIdx.x / kCluster)", "next_(0)", "result"),
     Mutant("sm90_leaves_tiles_out", SM90, SM90, "next_ += gridDim.x / kCluster;", "next_ += gridDim.x;", "result"),
     Mutant("everyone_sums_the_bias", GRAD, GRAD, "p.gb ? part.share : -1", "p.gb ? 0 : -1", "result"),
     Mutant("shares_of_the_bias_left_out", GRAD, GRAD, "request.splits * request.shares, p.k", "request.splits, p.k",
