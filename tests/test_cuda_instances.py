@@ -21,11 +21,11 @@ MATHS = {"4Tf32": FP32, "6Tf32x3": FP32, "8BFloat16": BF16, "7Float16": FP16}
 ELEMENTS = {FP32: "f", BF16: "13__nv_bfloat16", FP16: "6__half"}
 WAYS_IN = ("9Rectified", "9Unchanged")
 ON_SM80, ON_SM90A = ("conv3x3", "pool_conv3x3", "conv3x3_splits", "weight_grad"), ("conv3x3_sm90",)
-# (copies, tile, shape, K): two images, whose pixels are two tiles; channels end within a tile and a slice.
+# (copies, tile, shape, K): pixels and channels end within a tile and a slice.
 ROUTES = (
     ("10CopyChunks", 64, (2, 40, 5, 7), 24),
-    ("10CopyChunks", 128, (2, 40, 5, 14), 72),
-    ("10CopyPieces", 64, (1, 21, 5, 7), 37),
+    ("10CopyChunks", 128, (2, 24, 3, 7), 72),
+    ("10CopyPieces", 64, (1, 21, 3, 7), 13),
 )
 
 
@@ -57,7 +57,7 @@ def convolutions() -> Iterator[Case]:
 
 def pools() -> Iterator[Case]:
     """Tiles over an edge."""
-    routes = (64, (1, 40, 9, 5), 72), (256, (1, 40, 3, 10), 136)
+    routes = (64, (1, 40, 3, 9), 24), (256, (1, 24, 3, 5), 136)
     for math, side, (tile, shape, k) in product(MATHS, (1, 3), routes):
         if (math, tile) != ("6Tf32x3", 256):
             way = way_of(math, "9Rectified")
@@ -78,7 +78,7 @@ def splits() -> Iterator[Case]:
 
 def of_sm90a() -> Iterator[Case]:
     """Both operands A, from registers and from shared memory, and both ways out, by threads and by TMA."""
-    routes = (256, (1, 72, 5, 3), 136), (128, (1, 8, 17, 3), 136), (64, (1, 72, 5, 9), 40)
+    routes = (256, (1, 8, 5, 3), 136), (128, (1, 8, 5, 9), 72), (64, (1, 72, 5, 3), 40)
     ways = ("everything", WAYS_IN[0]), ("first of an rcu", WAYS_IN[0]), ("gradient", WAYS_IN[1]), ("plain", WAYS_IN[1])
     for math, (way, way_in), (tile, shape, k) in product(("8BFloat16", "7Float16"), ways, routes):
         name = f"wgmma_kernelINS0_{math}ENS0_{way_in}ELi{tile}E"
@@ -95,7 +95,8 @@ def gradients() -> Iterator[Case]:
                 f"grad_kernelINS0_{math}ENS0_{way_in}ENS0_{copy}ELi{tile}E",
                 f"sum_kernelI{ELEMENTS[gw_dtype]}E",
             )
-            options = {"taps": 9 if rectified else 1, "relu_in": rectified, "weight_dtype": gw_dtype}
+            taps = 9 if (math, way_in) == ("8BFloat16", "9Rectified") else 1
+            options = {"taps": taps, "relu_in": rectified, "weight_dtype": gw_dtype}
             yield Case(names, math, tile, shape, k, options)
 
 
