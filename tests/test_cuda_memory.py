@@ -25,7 +25,7 @@ MESSAGE = "CUDA out of memory. Tried to allocate 2.00 MiB"
 # NHWC, are allocations too.
 SETUPS = (
     ("sm_80", 72, torch.channels_last),
-    ("sm_90a", 136, torch.channels_last),
+    ("sm_90a", 72, torch.channels_last),
     ("sm_80", 21, torch.contiguous_format),
 )
 
