@@ -105,6 +105,7 @@ class Emulated(Cuda):
 
     name = "emulated"
     device_type = "cpu"
+    last = 0  # of each launch's clusters, only so many run, the last ones; 0: all
 
     def __init__(
         self,
@@ -134,8 +135,8 @@ class Emulated(Cuda):
             headers = tuple((path, text) for path, text in self.changed.items() if path.endswith(".h"))
             for source, name, blocks, threads, shared, given, cluster in self._launches(function, *arguments):
                 kernel = picked(CSRC / source, self.arch, name, self.changed.get(source, ""), headers)
-                schedule = self.schedule
-                emulate(kernel, [blocks], [threads], given, cluster=[cluster], shared=shared, schedule=schedule)
+                sizes = {"cluster": [cluster], "shared": shared, "last": self.last}
+                emulate(kernel, [blocks], [threads], given, schedule=self.schedule, **sizes)
             return
         entry = ENTRIES[function]
         flat = [int(a) for a in arguments]  # type: ignore[call-overload]
@@ -144,7 +145,8 @@ class Emulated(Cuda):
         elements, threads = entry.elements(rest)
         if not threads:
             return
-        lanes = 16 // size if rest[3] % (16 // size) == 0 else 1
+        whole = rest[3] % (16 // size) == 0 and not any(pointer % 16 for pointer in pointers)
+        lanes = 16 // size if whole else 1
         buffers: list[object] = [
             bytes_at(pointer, count * (1 if name in entry.bytewise else size))
             for name, pointer, count in zip(entry.pointers, pointers, elements, strict=True)
@@ -153,7 +155,7 @@ class Emulated(Cuda):
         flags = "".join(f"Lb{int(flag)}E" for flag in entry.flags(pointers, rest))
         kernel = find(compiled(CSRC / "cuda" / entry.source, self.arch), f"{entry.kernel}I{mangled}Li{lanes}E{flags}E")
         blocks = -(-threads // lanes // THREADS)
-        emulate(kernel, [blocks], [THREADS], [arguments], schedule=self.schedule)
+        emulate(kernel, [blocks], [THREADS], [arguments], schedule=self.schedule, last=self.last)
 
     def _launches(self, function: str, *arguments: object) -> list[Launch]:
         """Of a convolution or a weight gradient, as the library plans it for this architecture."""

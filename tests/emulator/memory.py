@@ -26,7 +26,8 @@ class Buffer:
     base: int
     data: np.ndarray  # (bytes,) uint8, contiguous: a view of the caller's array
 
-    def __post_init__(self) -> None:
+    def watch(self) -> None:
+        """From now on: which blocks read and write."""
         self.writer = np.full(self.data.size, NOBODY, np.int32)  # the block that wrote a byte
         self.reader = np.full(self.data.size, NOBODY, np.int32)
 
@@ -58,7 +59,8 @@ class GlobalMemory:
     """The buffers of one launch, far apart, so that no stray access hits a neighbour.
 
     Attributes:
-        watched: Races between blocks are looked for: not in kernels whose blocks talk to each other by atomics.
+        watched: Races between blocks are looked for: not in kernels whose blocks talk to each other by atomics, nor
+            where only some of the blocks run.
     """
 
     def __init__(self) -> None:
@@ -69,11 +71,14 @@ class GlobalMemory:
     def begin(self, watched: bool) -> None:
         """Of a launch: what earlier ones did is over."""
         self.watched = watched
-        for buffer in self.buffers:
-            buffer.__post_init__()
+        for buffer in self.buffers if watched else ():
+            buffer.watch()
 
-    def add(self, name: str, array: np.ndarray, misaligned: int = 0) -> int:
-        """The address of a C-contiguous array, 256 bytes aligned plus ``misaligned``; the same again for the same."""
+    def add(self, name: str, array: np.ndarray) -> int:
+        """The address of a C-contiguous array; the same again for the same.
+
+        A multiple of 256 bytes, or as far behind one as the array is behind a multiple of 16 in the host's memory.
+        """
         if not array.flags.c_contiguous:
             raise EmulatorError(f"buffer {name}: expected C-contiguous memory, got strides {array.strides}")
         data = array.reshape(-1).view(np.uint8)
@@ -82,7 +87,7 @@ class GlobalMemory:
                 return buffer.base
         last = self.buffers[-1] if self.buffers else None
         end = FIRST if last is None else last.base + last.data.size
-        base = -(-(end + GUARD) // 256) * 256 + misaligned
+        base = -(-(end + GUARD) // 256) * 256 + data.ctypes.data % 16
         self.buffers.append(Buffer(name, base, data))
         self.bases = np.array([b.base for b in self.buffers], np.int64)
         return base
