@@ -68,24 +68,37 @@ def prompt_depth_anything(widths):
     )
 
 
-def dpt(widths, **options):
-    from transformers import DPTConfig, DPTForDepthEstimation
+def dpt(widths, segments=False, **options):
+    from transformers import DPTConfig, DPTForDepthEstimation, DPTForSemanticSegmentation
 
     taps = [tap - 1 for tap in widths.taps]
     sizes = {"intermediate_size": 4 * widths.hidden, "neck_hidden_sizes": list(widths.neck), "is_hybrid": False}
     sizes |= {"backbone_out_indices": taps, "fusion_hidden_size": widths.fusion, "image_size": 384}
-    return DPTForDepthEstimation(_vit(DPTConfig, widths, 16, **sizes, **options))
+    kind = DPTForSemanticSegmentation if segments else DPTForDepthEstimation
+    return kind(_vit(DPTConfig, widths, 16, **(sizes | options)))
 
 
-def zoedepth(widths):
+def dpt_hybrid(widths, side):
+    """A ResNet's maps for the two finest levels. Images are of one size, ``side`` square."""
+    channels = [-(-c // 8) * 8 for c in (*widths.neck[:2], 2 * widths.neck[1])]  # rounded as it would round them
+    resnet = {"model_type": "bit", "layer_type": "bottleneck", "depths": [1, 1, 1], "hidden_sizes": channels}
+    resnet |= {"embedding_size": channels[0], "num_groups": 1, "global_padding": "same"}
+    resnet |= {"out_features": ["stage1", "stage2", "stage3"], "embedding_dynamic_padding": True}
+    shape = [1, channels[-1], side // 16, side // 16]
+    neck = [*channels[:2], *widths.neck[2:]]
+    options = {"backbone_config": resnet, "backbone_featmap_shape": shape, "neck_hidden_sizes": neck}
+    return dpt(widths, is_hybrid=True, image_size=side, **options)
+
+
+def zoedepth(widths, **options):
     from transformers import BeitConfig, ZoeDepthConfig, ZoeDepthForDepthEstimation
 
-    options = {"intermediate_size": 4 * widths.hidden, "image_size": 384, "out_indices": widths.taps}
-    options |= {"reshape_hidden_states": False, "use_relative_position_bias": True}
+    vit = {"intermediate_size": 4 * widths.hidden, "image_size": 384, "out_indices": widths.taps}
+    vit |= {"reshape_hidden_states": False, "use_relative_position_bias": True}
     sizes = {"neck_hidden_sizes": list(widths.neck), "fusion_hidden_size": widths.fusion}
     return ZoeDepthForDepthEstimation(
         ZoeDepthConfig(
-            backbone_config=_vit(BeitConfig, widths, 16, **options), **sizes, bottleneck_features=widths.fusion
+            backbone_config=_vit(BeitConfig, widths, 16, **vit), **sizes, bottleneck_features=widths.fusion, **options
         )
     )
 
@@ -109,7 +122,7 @@ def tipsv2_dpt(widths):
     )
 
 
-def depth_pro(widths):
+def depth_pro(widths, **options):
     from transformers import DepthProConfig, DepthProForDepthEstimation
 
     small = widths is TINY
@@ -120,7 +133,7 @@ def depth_pro(widths):
     sizes |= {"intermediate_hook_ids": [widths.taps[1] - 1, widths.taps[0] - 1]}
     sizes |= {"intermediate_feature_dims": [widths.fusion] * 2, "scaled_images_feature_dims": list(widths.neck[:0:-1])}
     return DepthProForDepthEstimation(
-        DepthProConfig(image_model_config=vit, patch_model_config=vit, fov_model_config=vit, **sizes)
+        DepthProConfig(image_model_config=vit, patch_model_config=vit, fov_model_config=vit, **(sizes | options))
     )
 
 

@@ -59,7 +59,7 @@ class FeatureFusionBlock(nn.Module):
 
 
 class FeatureFusionBlock_custom(nn.Module):
-    """MiDaS v3, isl-org/DPT, Depth Anything, VGGT (in place; the deepest without a skip), CroCo (``width_ratio``)."""
+    """MiDaS v3, isl-org/DPT, Depth Anything, VGGT (in place; the deepest without a skip)."""
 
     def __init__(
         self,
@@ -97,6 +97,25 @@ class FeatureFusionBlock_vggt(FeatureFusionBlock_custom):
     def forward(self, *xs: Tensor, size: tuple[int, int] | None = None) -> Tensor:  # (N, C, H, W) each; (N, K, H', W')
         maps = (xs[0], xs[1]) if hasattr(self, "resConfUnit1") else xs[:1]
         return super().forward(*maps, size=size)
+
+
+class FeatureFusionBlock_croco(FeatureFusionBlock_custom):
+    """CroCo and DUSt3R, where it is called ``FeatureFusionBlock_custom``: doubles, or widens to another aspect."""
+
+    def forward(self, *xs: Tensor) -> Tensor:  # (N, C, H, W) each; (N, K, H', W')
+        output = xs[0]
+        if len(xs) == 2:
+            residual = self.resConfUnit1(xs[1])
+            if self.width_ratio != 1:
+                residual = F.interpolate(residual, output.shape[2:], mode="bilinear")
+            output = self.skip_add.add(output, residual)
+        output = self.resConfUnit2(output)
+        height, width = output.shape[2:]
+        if self.width_ratio != 1:
+            narrow = width / height < 2 / 3 * self.width_ratio
+            size = (2 * height, 3 * width if narrow else int(self.width_ratio * 2 * height))
+            return self.out_conv(F.interpolate(output, size, mode="bilinear"))
+        return self.out_conv(F.interpolate(output, scale_factor=2, mode="bilinear", align_corners=self.align_corners))
 
 
 class ResidualBlock(nn.Module):

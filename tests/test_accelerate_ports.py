@@ -11,6 +11,8 @@ from ports import assert_same, image, randomised, replaced
 from refinenet_fast import accelerate, explain
 from refinenet_fast.testing import relative_l2
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SIZES = [(6, 4), (14, 10), (2, 18)]
 
 
@@ -27,6 +29,44 @@ def test_depth_pros_own_code(bn):
         **{f"refinenet{k}.resnet{i}": "rcu" for k in (1, 2) for i in (1, 2)},
     }
     assert all(row.reason is None for row in explain(fast))
+
+
+class DUSt3R(ports.Decoder):
+    """Odd grids: the map from below is cut to the skip's size. The deepest fusion's first unit is taken away."""
+
+    def __init__(self, bn: bool) -> None:
+        super().__init__(ports.FeatureFusionBlock_croco, bn=bn)
+        del self.refinenet2.resConfUnit1
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, 8, H, W); (N, 1, 2 H, 2 W)
+        below = self.refinenet2(self.layer_rn[1](self.down(x)))
+        return self.output_conv(self.refinenet1(below[:, :, : x.shape[2], : x.shape[3]], self.layer_rn[0](x)))
+
+
+@pytest.mark.parametrize("bn", [False, True])
+def test_croco_and_dust3r(bn):
+    model = randomised(DUSt3R(bn))
+    assert_same(model, (2, 8, 7, 5), (2, 8, 3, 9), (2, 8, 6, 4))
+    assert replaced(accelerate(model)) == {
+        "layer_rn.0": "conv3x3",
+        "layer_rn.1": "conv3x3",
+        "output_conv.0": "conv3x3",
+        "refinenet1": "rcu, fuse",
+        "refinenet1.resConfUnit1": "rcu",
+        "refinenet1.resConfUnit2": "rcu",
+        "refinenet2": "rcu, fuse",
+        "refinenet2.resConfUnit2": "rcu",
+    }
+
+
+def test_crocos_fusion_to_another_aspect_is_left_alone_and_its_units_are_not():
+    model = randomised(ports.FeatureFusionBlock_croco(8, width_ratio=1.5))
+    fast = accelerate(model, copy=True)
+    rows = {row.name: row for row in explain(fast)}
+    assert rows[""].op is None and "not that of rcu, fuse" in rows[""].reason
+    assert rows["resConfUnit1"].op == rows["resConfUnit2"].op == "rcu"
+    x, skip = image(2, 8, 4, 5), image(2, 8, 4, 6)
+    assert relative_l2(fast(x, skip), model(x, skip)) < 1e-6
 
 
 def test_depth_pros_finest_fusion_does_not_upsample():

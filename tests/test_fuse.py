@@ -54,6 +54,15 @@ def test_the_decoders_own_against_float64(place, corners):
     assert_right(usual(place.data(), corners), place.backend)
 
 
+@pytest.mark.parametrize("corners", [True, False])
+@pytest.mark.parametrize(("channels", "sides", "out"), [(6, (19, 37), 5), (768, (5, 9), 12), (1024, (3, 5), 12)])
+def test_a_depth_decoders_against_float64(place, corners, channels, sides, out):
+    """One path, projected by a 1x1 convolution and upsampled by less than 2, to an odd size."""
+    shape, size = (1, channels, sides[0], sides[0]), (sides[1], sides[1])
+    call = fuse_call([shape], place.data(), [1], out, True, size, corners)
+    assert_right(call, place.backend)
+
+
 @given(choices=st.data(), seed=seeds)
 def test_paths_of_one_size_are_pytorchs(place32, choices, seed):
     """On small integers every sum is exact."""

@@ -42,6 +42,13 @@ def test_against_float64(place, shape, how, seed, options):
     assert_right(laid(rcu_call(shape, place.data(seed=seed), **options), how), place.backend)
 
 
+@pytest.mark.parametrize("channels", [48, 768, 1024])
+def test_widths_of_depth_decoders_against_float64(place, channels):
+    """In one convolution on the way in, in the other on the way out."""
+    call = rcu_call((1, channels, 3, 4), place.data(), middle=48, biases="12", units=2, adds="1")
+    assert_right(call, place.backend)
+
+
 @given(shape=narrow, how=layouts, seed=seeds, options=st.fixed_dictionaries(options))
 def test_ties_are_pytorchs(place32, shape, how, seed, options):
     """On small integers every sum is exact, and many a ReLU sits at 0."""
