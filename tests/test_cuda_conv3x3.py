@@ -160,6 +160,16 @@ def test_more_images_than_blocks_on_sm90a(check):
     check((0, (7, 8, 1, 1), 8))
 
 
+@needs_nvcc
+@pytest.mark.parametrize("shape, k, splits", [((7, 8, 1, 1), 72, 1), ((5, 136, 1, 1), 24, 3)], ids=str)
+def test_more_tiles_than_clusters_on_sm90a(shape, k, splits):
+    """Eight clusters' worth by three of them, the last one's pixels beyond the images; nine of three splits."""
+    kernels = Emulated("sm_90a", tile=64, processors=6)
+    kernels.splits = splits
+    error, limit = check_conv(kernels, shape, k, BF16, "first of an rcu", taps=1)
+    assert error <= limit
+
+
 @by_every_loop
 @pytest.mark.parametrize("by", [1, 2, 4], ids=lambda by: f"{2 * by} bytes")
 def test_memory_that_is_not_aligned(executor, by):

@@ -37,12 +37,14 @@ INSTANCES = {
     SPLITS: "template __global__ void splits_kernel<__nv_bfloat16, 8>(Request);\n",
 }
 SPLIT_LOOPS = (CONV, SM90)  # whose sums SPLITS adds: both are run
-# By one cluster. 3x3: four tiles, the last one of pixels beyond the images, two slices of channels; operand A from
-# registers, and from shared memory. 1x1: more boxes than stages, while all tiles of weights have one.
+# By one cluster of two blocks. 3x3: four tiles, the last one of pixels beyond the images, two slices of channels;
+# operand A from registers, and from shared memory. 1x1: more boxes than stages, while all tiles of weights have one;
+# then by three clusters, of which two come back for another tile.
 SM90_CASES = (
-    ((3, 72, 5, 3), 40, "first of an rcu", 9),
-    ((3, 72, 5, 3), 40, "gradient", 9),
-    ((1, 520, 1, 3), 24, "plain", 1),
+    (2, (3, 72, 5, 3), 40, "first of an rcu", 9),
+    (2, (3, 72, 5, 3), 40, "gradient", 9),
+    (2, (1, 520, 1, 3), 24, "plain", 1),
+    (6, (9, 8, 1, 1), 8, "plain", 1),
 )
 SPLIT_CASE = (1, 200, 3, 9), 24, "first of an rcu"  # in three splits: seven slices of channels, or four
 SCHEDULES = (Schedule(32, 1, "late"), Schedule(128, 0, "early"), Schedule(32, 2, "shuffled"))
@@ -138,6 +140,8 @@ MUTANTS = (
     Mutant("sm90_same_row_for_every_tap", SM90, SM90, "(group_ * kGroupRows + dy)", "(group_ * kGroupRows)", "result"),
     Mutant("sm90_reads_unturned_chunks", SM90, SM90, "((i * 2 + lane / 16) ^ pixel % 8)", "(i * 2 + lane / 16)",
            "result"),
+    Mutant("sm90_clusters_begin_with_the_first", SM90, SM90, "next_(blockIdx.x / kCluster)", "next_(0)", "result"),
+    Mutant("sm90_leaves_tiles_out", SM90, SM90, "next_ += gridDim.x / kCluster;", "next_ += gridDim.x;", "result"),
     Mutant("everyone_sums_the_bias", GRAD, GRAD, "p.gb ? part.share : -1", "p.gb ? 0 : -1", "result"),
     Mutant("shares_of_the_bias_left_out", GRAD, GRAD, "request.splits * request.shares, p.k", "request.splits, p.k",
            "result"),
@@ -221,9 +225,9 @@ def finding(source: str, texts: dict[str, str]) -> str:
         kernels.splits = 1
         try:
             if source == SM90:
-                kernels = Emulated("sm_90a", schedule, tile=64, processors=2, changed=texts)
-                kernels.splits = 1
-                for shape, k, way, taps in SM90_CASES:
+                for processors, shape, k, way, taps in SM90_CASES:
+                    kernels = Emulated("sm_90a", schedule, tile=64, processors=processors, changed=texts)
+                    kernels.splits = 1
                     error, limit = check_conv(kernels, shape, k, torch.bfloat16, way, taps=taps)
                     if error > limit:
                         break
