@@ -17,9 +17,6 @@ from triton_cases import WAYS, check_conv, tf32
 pytestmark = pytest.mark.usefixtures("exact")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 everywhere = pytest.mark.runs_on("emulator", "gpu")
-# (output channels of a block, shape, K): tiles over an edge; channels end within a block and a slice.
-SMALL, WIDE = (64, (1, 40, 9, 5), 72), (256, (1, 40, 3, 10), 136)
-ROUTES = [pytest.param(SMALL, id="small"), pytest.param(WIDE, id="wide")]
 taps = pytest.mark.parametrize("taps", [1, 9])
 
 
@@ -50,14 +47,6 @@ def check(executor, monkeypatch):
 @pytest.mark.parametrize("way", WAYS)
 def test_ways(check, way, taps):
     check((64, (2, 40, 3, 9), 24), way=way, taps=taps)
-
-
-@everywhere
-@taps
-@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
-@pytest.mark.parametrize("route", ROUTES)
-def test_dtypes(check, route, dtype, taps):
-    check(route, dtype, taps=taps)
 
 
 @everywhere

@@ -116,13 +116,13 @@ def check_grads(
     taps: int = 9,
     contiguous: bool = False,
     relu_in: bool = True,
-    limit: float | None = None,
+    weight_dtype: torch.dtype | None = None,
     device: str = "cpu",
 ) -> tuple[float, float]:
-    """Error and limit (by default the dtype's), the worse of the weight's and of the bias's gradient."""
+    """Error and limit, the worse of the weight's and of the bias's gradient; both are ``dtype``'s by default."""
     n, c, h, w = shape
-    data, size = Data(dtype, device), 3 if taps == 9 else 1
-    x, weight, bias = data(*shape), data.weight(k, c, size, salt=2), data(k, salt=3)
+    x, own, size = Data(dtype, device)(*shape), Data(weight_dtype or dtype, device), 3 if taps == 9 else 1
+    weight, bias = own.weight(k, c, size, salt=2), own(k, salt=3)
     gy = Data(dtype, device, integers=True)(n, k, h, w, salt=1)  # whose sums are exact
     weight = weight.contiguous() if contiguous else weight
     with poisoned():
@@ -134,14 +134,16 @@ def check_grads(
         own = x.to(w.dtype)
         return conv(own.relu() if relu_in else own, w, b)
 
-    error, allowed = compare([gw, gb], plain, [weight, bias], gy)
-    return error, allowed if limit is None else limit
+    return compare([gw, gb], plain, [weight, bias], gy.to(weight.dtype))
 
 
-def tf32_errors(kernels: Backend, shape: Sequence[int], k: int, device: str = "cpu") -> tuple[float, float]:
+def tf32_errors(
+    kernels: Backend, shape: Sequence[int], k: int, device: str = "cpu", relu_in: bool = False
+) -> tuple[float, float]:
     """Of a float32 convolution with TF32 allowed: its error, and that of exact products of what tensor cores read."""
     data = Data(device=device)
     x, weight = data(*shape), data.weight(k, shape[1], 3, salt=1)
+    y = kernels.conv3x3(x, weight, WayIn(relu_in))
+    x = x.relu() if relu_in else x
     want = conv(x.double(), weight.double())
-    y = kernels.conv3x3(x, weight)
     return relative_l2(y, want), relative_l2(conv(tf32(x).double(), tf32(weight).double()), want)
