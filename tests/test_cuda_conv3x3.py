@@ -153,26 +153,6 @@ def test_more_tiles_than_clusters_on_sm90a(shape, k, splits):
     assert error <= limit
 
 
-@by_every_loop
-@pytest.mark.parametrize("by", [1, 2, 4], ids=lambda by: f"{2 * by} bytes")
-def test_memory_that_is_not_aligned(executor, by):
-    """Every tensor begins that far behind a multiple of 16, or 4 bytes before one. Sums are exact: any loop may make
-    them."""
-    data, kernels = Data(BF16, executor.device, integers=True), executor.kernels()
-
-    def moved(t: torch.Tensor, by: int) -> torch.Tensor:  # (N, C, H, W)
-        n, c, h, w = t.shape
-        room = torch.empty(t.numel() + 8, dtype=t.dtype, device=t.device)[by : by + t.numel()]
-        assert room.data_ptr() % 16 == 2 * by
-        return room.view(n, h, w, c).permute(0, 3, 1, 2).copy_(t)
-
-    x, low, weight = moved(data(1, 16, 5, 7), by), moved(data(1, 24, 3, 4, salt=1), by), data.weight(24, 16, 3, salt=2)
-    add, mask = moved(data(1, 24, 5, 7, salt=3), 6), moved(data(1, 24, 5, 7, salt=4), by)
-    y = kernels.conv3x3(x, weight, WayIn(True), WayOut(select=mask, add=(add,), upsample=low))
-    aligned = WayOut(select=mask.clone(), add=(add.clone(),), upsample=low.clone())
-    assert torch.equal(y, kernels.conv3x3(x.clone(), weight, WayIn(True), aligned))
-
-
 @on_hopper
 def test_the_loop_of_sm_80_where_it_is_asked_for(executor, monkeypatch):
     """On Hopper too; sums are exact: either loop makes the same ones."""

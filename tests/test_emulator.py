@@ -148,6 +148,13 @@ def test_what_a_kernel_must_not_do(body, said, monkeypatch):
         run(body, np.zeros(8, np.float32))
 
 
+def test_addresses_are_as_aligned_as_those_of_the_arrays():
+    data, body = np.zeros(12, np.float32), "ld.global.v2.f32 {%f1, %f2}, [%rd1]; st.global.f32 [%rd1], %f2;"
+    run(body, data[:8])
+    with pytest.raises(EmulatorError, match="is not aligned to 8 bytes"):
+        run(body, data[1:9])
+
+
 def test_what_is_undefined_may_be_moved():
     data = np.zeros(8, np.float32)
     run("mov.f32 %f1, %f2; selp.f32 %f1, %f1, %f3, %p1; mov.f32 %f1, 0f3F800000; st.global.f32 [%rd3], %f1;", data)

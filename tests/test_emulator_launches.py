@@ -294,6 +294,12 @@ def test_launches_that_do_not_fit(sizes, given, said):
         (TILED, (0, 16), {}, "expected a box of 1 to 256 elements in each dimension"),
         (TILED, (8, 2), {}, "expected the box's rows to be multiples of 16 bytes, got 8"),
         (np.zeros((8, 17), np.float32), (8, 16), {}, r"strides that are multiples of 16 bytes, got \(68, 4\)"),
+        (
+            np.zeros(129, np.float32)[1:].reshape(8, 16),
+            (8, 16),
+            {},
+            "expected an address that 16 bytes divide, got one 4",
+        ),
         (TILED, (8, 16), {"swizzle": 32}, "expected rows of at most 32 bytes under that swizzle, got 64"),
         (TILED, (8, 16), {"swizzle": 48}, "swizzle"),
         (

@@ -234,6 +234,31 @@ void too_many_blocks() {
   check_launches(0, "nothing of those");
 }
 
+// A thread takes 16 bytes of channels, or one channel where some address is no multiple of that.
+void misaligned_addresses() {
+  const Shape s{1, 18, 9, 64}, large{1, 20, 9, 64};
+  const DType dtype = DType::kBFloat16;
+  const BilinearAxis rows{s.h, large.h, true}, columns{s.w, large.w, true};
+  for (int moved = -1; moved < 4; ++moved) {
+    const auto at = [moved](int number) { return somewhere<uint8_t>(number + 1) + (number == moved ? 2 : 0); };
+    const auto check_blocks = [moved](int error, int tensors, int64_t channels, const char* name) {
+      const int64_t threads = 0 <= moved && moved < tensors ? channels : channels / 8, want = (threads + 255) / 256;
+      check(error == 0, name, error);
+      check_launches(1, name);
+      check(fake::runtime.launches[0].blocks == want, name, fake::runtime.launches[0].blocks, want);
+      anew();
+    };
+    anew();
+    const int64_t map = s.h * s.w * s.c;
+    check_blocks(maxpool5({at(0), at(1), at(2), s, dtype, true}, kDevice, stream()), 3, 2 * s.w * s.c, "maxpool5");
+    check_blocks(maxpool5_backward({at(0), at(1), at(2), at(3), s, dtype}, kDevice, stream()), 4, map, "its backward");
+    const Bilinear resize{at(0), at(1), at(2), s, rows, columns, dtype};
+    check_blocks(bilinear(resize, kDevice, stream()), 3, large.h * large.w * large.c, "bilinear");
+    const BilinearBackward adjoint{at(0), at(1), s, rows, columns, dtype};
+    check_blocks(bilinear_backward(adjoint, kDevice, stream()), 2, map, "its adjoint");
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -243,6 +268,7 @@ int main() {
   failing_calls();
   earlier_errors();
   too_many_blocks();
+  misaligned_addresses();
   std::printf("%d failed\n", failures);
   return failures != 0;
 }

@@ -141,7 +141,8 @@ class Emulated(Cuda):
         elements, threads = entry.elements(rest)
         if not threads:
             return
-        lanes = 16 // size if rest[3] % (16 // size) == 0 else 1
+        whole = rest[3] % (16 // size) == 0 and not any(pointer % 16 for pointer in pointers)
+        lanes = 16 // size if whole else 1
         buffers: list[object] = [
             bytes_at(pointer, count * (1 if name in entry.bytewise else size))
             for name, pointer, count in zip(entry.pointers, pointers, elements, strict=True)

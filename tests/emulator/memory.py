@@ -72,8 +72,11 @@ class GlobalMemory:
         for buffer in self.buffers:
             buffer.__post_init__()
 
-    def add(self, name: str, array: np.ndarray, misaligned: int = 0) -> int:
-        """The address of a C-contiguous array, 256 bytes aligned plus ``misaligned``; the same again for the same."""
+    def add(self, name: str, array: np.ndarray) -> int:
+        """The address of a C-contiguous array; the same again for the same.
+
+        A multiple of 256 bytes, or as far behind one as the array is behind a multiple of 16 in the host's memory.
+        """
         if not array.flags.c_contiguous:
             raise EmulatorError(f"buffer {name}: expected C-contiguous memory, got strides {array.strides}")
         data = array.reshape(-1).view(np.uint8)
@@ -82,7 +85,7 @@ class GlobalMemory:
                 return buffer.base
         last = self.buffers[-1] if self.buffers else None
         end = FIRST if last is None else last.base + last.data.size
-        base = -(-(end + GUARD) // 256) * 256 + misaligned
+        base = -(-(end + GUARD) // 256) * 256 + data.ctypes.data % 16
         self.buffers.append(Buffer(name, base, data))
         self.bases = np.array([b.base for b in self.buffers], np.int64)
         return base

@@ -32,6 +32,8 @@ def checked(name: str, given: TensorMap) -> TensorMap:
         said = f"expected the box's rows to be multiples of 16 bytes, got {box[-1] * size}"
     elif array.strides[-1] != size or any(s % 16 or s < 0 for s in array.strides[:-1]):
         said = f"expected contiguous rows and strides that are multiples of 16 bytes, got {array.strides}"
+    elif array.ctypes.data % 16:
+        said = f"expected an address that 16 bytes divide, got one {array.ctypes.data % 16} behind"
     elif given.swizzle and box[-1] * size > given.swizzle:
         said = f"expected rows of at most {given.swizzle} bytes under that swizzle, got {box[-1] * size}"
     elif given.swizzle and box[-1] * size != given.swizzle:
