@@ -71,6 +71,10 @@ class Cuda(Native):
         built, driver = _native._C.cuda_built_version() // 1000, _native._C.cuda_driver_version() // 1000
         if driver < built:
             return f"built with CUDA {built}, and the driver runs up to CUDA {driver}"
+        found = [torch.cuda.get_device_capability(number) for number in range(torch.cuda.device_count())]
+        if all(_lacking(*capability) for capability in found):
+            major, minor = max(found)
+            return f"{_lacking(major, minor)}, and there is only sm_{major}{minor}"
         return None
 
     def can_run(self, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -78,10 +82,8 @@ class Cuda(Native):
         if reason is not None:
             return reason
         major, minor = torch.cuda.get_device_capability(device)
-        archs = _native.build_info()["cuda"]["archs"]
-        if not any(_runs_on(arch, major, minor) for arch in archs):
-            return f"built for {', '.join(archs)}, and {device} is sm_{major}{minor}"
-        return None
+        lacking = _lacking(major, minor)
+        return f"{lacking}, and {device} is sm_{major}{minor}" if lacking else None
 
     # -- convolution ----------------------------------------------------------------------------------------------
 
@@ -322,17 +324,23 @@ def _first_adds(way_out: WayOut, most: int) -> tuple[WayOut, WayOut]:
     return fused, left
 
 
-def _runs_on(arch: str, major: int, minor: int) -> bool:
-    """Whether what was built for ``arch`` ("80-real", "90a-real", "120") runs on compute capability major.minor.
+def _lacking(major: int, minor: int) -> str | None:
+    """What was built, where none of it runs on that compute capability."""
+    archs = _native.build_info()["cuda"]["archs"]
+    return None if any(_runs_on(arch, major, minor) for arch in archs) else f"built for {', '.join(archs)}"
 
-    Code for an "a" architecture runs on that one only; other machine code on the same major version from its minor on;
-    PTX, which anything but "-real" carries, on all later ones.
+
+def _runs_on(arch: str, major: int, minor: int) -> bool:
+    """Whether what was built for ``arch`` ("80-real", "90a-real", "100f", "120") runs on capability major.minor.
+
+    Code for an "a" architecture runs on that one only; that for a family, "f", and other machine code on the same major
+    version from its minor on; PTX, which anything but "-real" carries, on all later ones.
     """
     number = arch.split("-")[0]
     digits = number.rstrip("af")
     built = int(digits[:-1]), int(digits[-1])
     if number.endswith("a"):
         return (major, minor) == built
-    if arch.endswith("-real"):
+    if arch.endswith("-real") or number.endswith("f"):
         return major == built[0] and minor >= built[1]
     return (major, minor) >= built
