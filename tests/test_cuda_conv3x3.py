@@ -123,6 +123,15 @@ def test_schedules_on_sm90a(check, way, completion):
     check((64, (2, 72, 3, 9), 24), way=way, schedule=Schedule(128, 1, completion))
 
 
+@on_hopper
+@pytest.mark.parametrize("completion, seed", [("late", 2), ("shuffled", 3)])
+@pytest.mark.parametrize("way", ["first of an rcu", "second of an rcu"])
+@pytest.mark.parametrize("tile", [256, 128])
+def test_schedules_of_wide_tiles_on_sm90a(check, tile, way, completion, seed):
+    """Two slices of channels: six boxes of pixels and eighteen tiles of weights go through rings of four to seven."""
+    check((tile, (1, 72, 3, 5), 24), way=way, schedule=Schedule(128, seed, completion))
+
+
 @by_every_loop
 @pytest.mark.parametrize("shape, k", [((1, 1, 1, 1), 1), ((3, 3, 1, 5), 2), ((2, 16, 5, 1), 21), ((1, 24, 7, 13), 8)])
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
