@@ -1,4 +1,4 @@
-"""The machine code of the CUDA convolutions, read from the built extension (benchmarks/cuda_machine_code.py)."""
+"""The machine code of the CUDA kernels, read from the built extension (benchmarks/cuda_machine_code.py)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import refinenet_fast
+from refinenet_fast import _native
 
 pytest.importorskip("triton")  # whose wheel has the disassembler
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
@@ -28,9 +29,18 @@ def test_every_instance(arch):
 
 
 @pytest.mark.parametrize("arch", mc.architectures())
-def test_sums_of_splits_do_not_spill(arch):
-    """Of three types, by whole chunks and by elements."""
-    assert mc.sums_of_splits(arch) == [0] * 6
+def test_no_kernel_spills(arch):
+    """Convolutions, gradients, sums of their parts, pools, bilinear: whatever is there but three that are named."""
+    found = mc.memory_of_all(arch)
+    assert len(found) == mc.INSTANCES + mc.OTHERS + mc.HOPPER_INSTANCES * arch.startswith("sm_90a")
+    assert mc.spills(arch) == {}
+    known = [memory for name, (memory, _) in found.items() if mc.SPILLS.search(name)]
+    assert len(known) == 3 and max(known) <= 64
+
+
+def test_the_core_is_no_larger_than_it_may_be():
+    """30 MB of three architectures."""
+    assert Path(_native._C.__file__).stat().st_size <= 10_000_000 * max(3, len(mc.architectures()))
 
 
 def one(arch=None, **fields):
