@@ -105,6 +105,7 @@ class Emulated(Cuda):
 
     name = "emulated"
     device_type = "cpu"
+    last = 0  # of each launch's clusters, only so many run, the last ones; 0: all
 
     def __init__(
         self,
@@ -131,8 +132,8 @@ class Emulated(Cuda):
             headers = tuple((path, text) for path, text in self.changed.items() if path.endswith(".h"))
             for source, name, blocks, threads, shared, given, cluster in self._launches(function, *arguments):
                 kernel = picked(CSRC / source, self.arch, name, self.changed.get(source, ""), headers)
-                schedule = self.schedule
-                emulate(kernel, [blocks], [threads], given, cluster=[cluster], shared=shared, schedule=schedule)
+                sizes = {"cluster": [cluster], "shared": shared, "last": self.last}
+                emulate(kernel, [blocks], [threads], given, schedule=self.schedule, **sizes)
             return
         entry = ENTRIES[function]
         flat = [int(a) for a in arguments]  # type: ignore[call-overload]
@@ -151,7 +152,7 @@ class Emulated(Cuda):
         flags = "".join(f"Lb{int(flag)}E" for flag in entry.flags(pointers, rest))
         kernel = find(compiled(CSRC / "cuda" / entry.source, self.arch), f"{entry.kernel}I{mangled}Li{lanes}E{flags}E")
         blocks = -(-threads // lanes // THREADS)
-        emulate(kernel, [blocks], [THREADS], [arguments], schedule=self.schedule)
+        emulate(kernel, [blocks], [THREADS], [arguments], schedule=self.schedule, last=self.last)
 
     def _launches(self, function: str, *arguments: object) -> list[Launch]:
         """Of a convolution or a weight gradient, as the library plans it for this architecture."""

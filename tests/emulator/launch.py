@@ -64,6 +64,7 @@ def emulate(
     schedule: Schedule = LOCKSTEP,
     unchecked: Collection[str] = (),
     memory: GlobalMemory | None = None,
+    last: int = 0,
 ) -> None:
     """Run ``grid`` x ``block`` threads.
 
@@ -73,6 +74,7 @@ def emulate(
         shared: Bytes of dynamic shared memory.
         unchecked: "proxies": missing proxy fences, "registers": what wgmma has in flight; to go on past such a finding.
         memory: Where the arrays' addresses are made up; by default a new one.
+        last: Of the clusters, this many, the last ones, run alone; 0: all do.
 
     Raises:
         EmulatorError: The launch does not fit the kernel, or the kernel does what it must not.
@@ -80,7 +82,7 @@ def emulate(
     sizes = [
         _three(kernel, n, s) for n, s in (("grid", grid), ("block", block), ("cluster", cluster or kernel.cluster))
     ]
-    _fits(kernel, sizes)
+    _fits(kernel, sizes, last)
     memory = GlobalMemory() if memory is None else memory
     maps: list[TensorMap] = []
     parameters = np.frombuffer(_pack(kernel, args, memory, maps), np.uint8)
@@ -93,11 +95,11 @@ def emulate(
         raise EmulatorError(
             f"{kernel.name}: {machine.shared_bytes} bytes of shared memory; {kernel.target} has {limit}"
         )
-    memory.begin(watched=not machine.talks())
+    memory.begin(watched=not machine.talks() and not last)
     if machine.uses("wgmma", "setmaxnreg"):
         schedule = replace(schedule, lanes=128)  # what has to run together, and no more
     rng = np.random.default_rng(schedule.seed)
-    units = _units(sizes, 1 if machine.meets() else max(1, schedule.lanes // _padded(sizes[1])))
+    units = _units(sizes, 1 if machine.meets() else max(1, schedule.lanes // _padded(sizes[1])), last)
     with np.errstate(all="ignore"):
         for index in rng.permutation(len(units)):
             unit = _unit(machine, units[index], sizes, memory, parameters, schedule, rng)
@@ -117,7 +119,7 @@ def _three(kernel: Kernel, name: str, sizes: Sequence[int]) -> tuple[int, int, i
     return full
 
 
-def _fits(kernel: Kernel, sizes: list[tuple[int, int, int]]) -> None:
+def _fits(kernel: Kernel, sizes: list[tuple[int, int, int]], last: int) -> None:
     grid, block, cluster = sizes
     threads = int(np.prod(block))
     if threads > 1024:
@@ -138,7 +140,7 @@ def _fits(kernel: Kernel, sizes: list[tuple[int, int, int]]) -> None:
         raise EmulatorError(f"{kernel.name}: cluster: expected one block on {kernel.target}, got {cluster}")
     if int(np.prod(cluster)) > 16:
         raise EmulatorError(f"{kernel.name}: cluster: expected at most 16 blocks, got {cluster}")
-    if threads * int(np.prod(grid)) > THREADS:
+    if threads * (last * int(np.prod(cluster)) or int(np.prod(grid))) > THREADS:
         raise EmulatorError(f"{kernel.name}: grid: {grid} x {block} exceeds the budget of {THREADS} threads")
 
 
@@ -194,14 +196,19 @@ def _padded(block: tuple[int, int, int]) -> int:
     return -(-int(np.prod(block)) // 32) * 32
 
 
-def _units(sizes: list[tuple[int, int, int]], together: int) -> list[np.ndarray]:
+def _units(sizes: list[tuple[int, int, int]], together: int, last: int) -> list[np.ndarray]:
     """(B, 3) ctaid of the blocks of every unit: a cluster, or ``together`` blocks that cannot meet."""
     grid, _, cluster = sizes
     counts = [g // c for g, c in zip(grid, cluster, strict=True)]
-    inside = np.stack(np.meshgrid(*(np.arange(c) for c in cluster[::-1]), indexing="ij"), -1).reshape(-1, 3)[:, ::-1]
-    first = np.stack(np.meshgrid(*(np.arange(c) for c in counts[::-1]), indexing="ij"), -1).reshape(-1, 3)[:, ::-1]
-    clusters = first[:, None, :] * np.array(cluster) + inside
+    end = int(np.prod(counts))
+    first = _places(np.arange(max(0, end - last) if last else 0, end), counts)
+    clusters = first[:, None, :] * np.array(cluster) + _places(np.arange(int(np.prod(cluster))), cluster)
     return [clusters[i : i + together].reshape(-1, 3) for i in range(0, len(clusters), together)]
+
+
+def _places(numbers: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
+    """(B, 3) of (B,): x, y, z, of which x is the fastest."""
+    return np.stack(np.unravel_index(numbers, sizes[::-1])[::-1], -1)
 
 
 def _unit(

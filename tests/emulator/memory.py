@@ -26,7 +26,8 @@ class Buffer:
     base: int
     data: np.ndarray  # (bytes,) uint8, contiguous: a view of the caller's array
 
-    def __post_init__(self) -> None:
+    def watch(self) -> None:
+        """From now on: which blocks read and write."""
         self.writer = np.full(self.data.size, NOBODY, np.int32)  # the block that wrote a byte
         self.reader = np.full(self.data.size, NOBODY, np.int32)
 
@@ -58,7 +59,8 @@ class GlobalMemory:
     """The buffers of one launch, far apart, so that no stray access hits a neighbour.
 
     Attributes:
-        watched: Races between blocks are looked for: not in kernels whose blocks talk to each other by atomics.
+        watched: Races between blocks are looked for: not in kernels whose blocks talk to each other by atomics, nor
+            where only some of the blocks run.
     """
 
     def __init__(self) -> None:
@@ -69,8 +71,8 @@ class GlobalMemory:
     def begin(self, watched: bool) -> None:
         """Of a launch: what earlier ones did is over."""
         self.watched = watched
-        for buffer in self.buffers:
-            buffer.__post_init__()
+        for buffer in self.buffers if watched else ():
+            buffer.watch()
 
     def add(self, name: str, array: np.ndarray) -> int:
         """The address of a C-contiguous array; the same again for the same.
