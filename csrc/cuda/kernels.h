@@ -1,6 +1,6 @@
 // The CUDA kernels' launchers. Each is a plain function: it enqueues on `stream` of `device` and returns a cudaError_t
-// as an int, 0 for success: that of its own calls, whatever the runtime keeps of others'. Nothing is allocated and
-// nothing waits.
+// as an int, 0 for success: that of its own calls, whatever the runtime keeps of others'. None allocates memory or
+// waits for work; but a kernel's first launch may have the runtime load its code.
 #pragma once
 
 #include "cuda/arguments.h"

@@ -1,6 +1,7 @@
 """Launches of the CUDA products: host code of the convolutions' and the weight gradient's files in csrc/cuda.
 
-What they are made of, tiles, blocks and shared memory, comes from ``csrc/cuda/plan.h`` and ``plan_sm90.h`` themselves.
+Tiles, blocks, shared memory and splits come from ``csrc/cuda/plan.h`` and ``plan_sm90.h`` themselves. The rest of that
+host code is here once more, in Python: which kernel it is, structs of arguments, dividers, tensor maps.
 """
 
 from __future__ import annotations
