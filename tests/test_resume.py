@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
 import shutil
@@ -10,12 +11,14 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("torchvision")
 pytest.importorskip("timm")
 
+from PIL import Image
 from safetensors.torch import load_file
 
 from refinenet_fast import files
@@ -45,6 +48,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _one_thread(one_thread):
     """The networks are tiny."""
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 @pytest.fixture(scope="module")
@@ -194,6 +201,53 @@ def test_a_disk_that_is_really_full(data, small_disk, tmp_path):
     assert_same_weights(folder / "run", tmp_path / "whole")
 
 
+def test_a_run_on_other_data_is_not_resumed(tmp_path):
+    """The classes are those of the masks: they have become more, with the settings as they were."""
+    data = samples(tmp_path / "samples")
+    (data / "classes.txt").unlink()
+    wanted = settings(data, epochs=1)
+    train(wanted, tmp_path / "run")
+    before = contents(tmp_path / "run")
+    mask = data / "masks" / "train" / "001.png"
+    kept = mask.read_bytes()
+    Image.fromarray(np.minimum(np.array(Image.open(mask)), 7)).save(mask)
+    with pytest.raises(BadInput, match="expected the classes that the run has begun with, got 5 for none"):
+        train(wanted, tmp_path / "run", resume=True)
+    mask.write_bytes(kept)
+    for folder in ("images", "masks"):
+        (data / folder / "train" / "001.png").rename(data / folder / "train" / "007.png")
+    with pytest.raises(BadInput, match=r"expected the images .* begun with, got 002\.png for 001\.png"):
+        train(wanted, tmp_path / "run", resume=True)
+    assert contents(tmp_path / "run") == before
+
+
+def test_a_checkpoint_of_another_network_is_named(data, tmp_path):
+    wanted = settings(data, epochs=1, ema=0.5)
+    train(wanted, tmp_path / "run")
+    train(dataclasses.replace(wanted, width=16), tmp_path / "wide")
+    train(dataclasses.replace(wanted, ema=0.0), tmp_path / "plain")
+    for other, message in (
+        ("wide", r"keys that differ: .*weight is \(.*, expected \("),
+        ("plain", r"missing module\."),
+    ):
+        shutil.copytree(tmp_path / other / "checkpoints", tmp_path / "run" / "checkpoints", dirs_exist_ok=True)
+        with pytest.raises(
+            BadInput, match=rf"step-00000003\.pt: expected the weights of this network, .*{message}"
+        ) as e:
+            train(wanted, tmp_path / "run", resume=True)
+        assert "\n" not in str(e.value)
+
+
+def test_a_run_without_its_settings_is_not_resumed(data, tmp_path):
+    """With other ones, it would not be the same run."""
+    train(settings(data, epochs=1), tmp_path / "run")
+    (tmp_path / "run" / "settings.json").unlink()
+    before = contents(tmp_path / "run")
+    with pytest.raises(BadInput, match=r"settings\.json: expected the settings of the run that is resumed"):
+        train(settings(data, epochs=1, lr=1.0), tmp_path / "run", resume=True)
+    assert contents(tmp_path / "run") == before
+
+
 @pytest.mark.parametrize("options", [{"resume": True}, {"overwrite": True}, {}], ids=["resume", "overwrite", "new"])
 def test_only_a_runs_own_half_written_files_are_removed(tmp_path, options):
     """What else ends in .partial is a download, or a prediction that runs right now."""
@@ -221,8 +275,6 @@ def test_only_a_runs_own_half_written_files_are_removed(tmp_path, options):
 
 
 def test_every_random_state_comes_back():
-    import numpy as np
-
     def draw() -> tuple:
         return random.random(), np.random.rand(), np.random.randn(), torch.rand(()).item()
 

@@ -27,13 +27,18 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
     Raises:
         BadInput: The disk is full, or it cannot be written; those before it are as they were.
     """
-    path = folder / f"step-{step:08d}.pt"
+    path = path_of(folder, step)
     content = io.BytesIO()  # torch.save makes an anonymous RuntimeError of a full disk
     torch.save({"step": step, **state}, content)
     write_whole(path, lambda file: file.write(content.getbuffer()))
     for old in _newest_first(folder)[KEPT:]:
         old.unlink()
     return path
+
+
+def path_of(folder: Path, step: int) -> Path:
+    """The checkpoint that is written after so many steps."""
+    return folder / f"step-{step:08d}.pt"
 
 
 def load_newest(folder: Path, warn: Callable[[str], object]) -> dict[str, Any] | None:

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from refinenet_fast.training.evaluation import evaluate
 from refinenet_fast.training.files import BadInput
 from refinenet_fast.training.memory import autocast
 from refinenet_fast.training.metrics import scores
-from refinenet_fast.training.model_file import save_model
+from refinenet_fast.training.model_file import load_weights, save_model
 from refinenet_fast.training.pictures import save_image, triptych
 from refinenet_fast.training.prediction import Segmenter
 from refinenet_fast.training.prepare import Data, build_network, open_data, report
@@ -103,6 +104,8 @@ class Trainer:
         self.weight = self._class_weights()
         torch.manual_seed(settings.seed + group.rank)  # dropout differs between ranks
         self._restore()
+        if group.first:
+            folder.cut_log(self.step)
         self.events = tensorboard.Events(folder.events, self.step) if settings.tensorboard and group.first else None
         # After the weights are restored: it hands out those of the first rank.
         self.parallel = DistributedDataParallel(model, broadcast_buffers=False) if group.world > 1 else model
@@ -288,33 +291,41 @@ class Trainer:
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
-            "order": {"images": [str(p.name) for p in self.data.train.images], "seed": self.settings.seed},
+            "order": self._order(),
             "random": random_states,
             "best": self.best,
             "tables": checkpoint.tables_hash(),
         }
         checkpoint.save(self.folder.checkpoints, self.step, state)
 
+    def _order(self) -> dict[str, list[str]]:
+        """What the order and the meaning of what is seen depend on, beside the settings."""
+        return {"images": [p.name for p in self.data.train.images], "classes": self.data.class_names}
+
     def _restore(self) -> None:
         """Go on from the newest checkpoint, if there is one."""
         state = checkpoint.load_newest(self.folder.checkpoints, self.say)
-        if self.group.first:
-            self.folder.cut_log(0 if state is None else state["step"])
         if state is None:
             return
-        if state["order"]["images"] != [p.name for p in self.data.train.images]:
-            raise BadInput(f"{self.settings.data}: expected the images that the run has begun with, got others")
+        for what, now in self._order().items():
+            begun = state["order"].get(what, now)  # checkpoints used to have no classes
+            if begun != now:
+                before, after = next(pair for pair in zip_longest(begun, now, fillvalue="none") if pair[0] != pair[1])
+                raise BadInput(
+                    f"{self.settings.data}: expected the {what} that the run has begun with, got {after} for {before}"
+                )
         if len(state["random"]) != self.group.world:
             raise BadInput(f"resume: expected {len(state['random'])} processes, as before, got {self.group.world}")
         if state["tables"] != checkpoint.tables_hash():
             self.say("the tables of what runs each convolution have changed: what follows is rounded differently")
         self.step, self.best = state["step"], state["best"]
-        self.model.load_state_dict(state["model"])
+        source = checkpoint.path_of(self.folder.checkpoints, self.step)
+        load_weights(self.model, state["model"], source)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.scaler.load_state_dict(state["scaler"])
         if self.average is not None:
-            self.average.load_state_dict(state["average"])
+            load_weights(self.average, state["average"] or {}, source)
         checkpoint.set_random_state(state["random"][self.group.rank])
         self.say(f"resumed after step {self.step} of {self.steps}")
 

@@ -66,7 +66,7 @@ class RunFolder:
 
         Raises:
             BadInput: The folder holds a run, and neither ``resume`` nor ``overwrite`` is true; the run that is resumed
-                has other settings.
+                has other settings, or lacks them.
         """
         if resume and overwrite:
             raise BadInput("resume: expected --resume or --overwrite, got both")
@@ -74,7 +74,9 @@ class RunFolder:
             raise BadInput(f"{self.path}: expected a folder, got a file")
         if self.holds_a_run() and not (overwrite or resume):
             raise BadInput(f"{self.path}: holds a run; --resume goes on with it, --overwrite replaces it")
-        if resume and self.settings.exists():
+        if resume and self.holds_a_run():
+            if not self.settings.exists():
+                raise BadInput(f"{self.settings}: expected the settings of the run that is resumed, there are none")
             self._check_same(settings)
 
     def claim(self, settings: TrainSettings, resume: bool, overwrite: bool) -> None:
