@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -18,10 +19,10 @@ pytest.importorskip("timm")
 
 from PIL import Image
 
-from refinenet_fast import RefineNet, cli
+from refinenet_fast import RefineNet, cli, use_backend
 from refinenet_fast.backends import table
 from refinenet_fast.training.settings import TrainSettings, option_types
-from training_runs import samples
+from training_runs import losses, samples
 
 SMALL = "--trunk test_resnet --no-pretrained --width 8 --crop 40 40 --batch 2 --epochs 1 --workers 0 --device cpu"
 
@@ -234,12 +235,34 @@ def test_without_the_extra_it_says_what_to_install(monkeypatch, capsys):
     assert capsys.readouterr().err == "refinenet-fast needs typer: run `pip install 'refinenet_fast[train]'`\n"
 
 
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
-def test_torchrun_runs_the_same_command(tmp_path):
-    """Two ranks, and an error in the data said once."""
-    data = samples(tmp_path / "samples", 2, 1)
+def torchrun(*words: object) -> subprocess.CompletedProcess[str]:
+    """The command in two ranks, on the reference backend."""
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    words = [*start, "-m", "refinenet_fast", "train", str(data), "--out", str(tmp_path / "run"), *SMALL.split()]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=240)
+    start += ["-m", "refinenet_fast", *(part for word in words for part in str(word).split())]
+    environment = os.environ | {"REFINENET_FAST_BACKEND": "reference", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(start, capture_output=True, text=True, timeout=240, env=environment)
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
+def test_torchrun_runs_the_same_command(command, tmp_path):
+    """With it, 20 steps of two ranks have the losses of one process with the whole batches."""
+    data = samples(tmp_path / "samples", 3, 1)  # a batch of two, and one of one
+    exact = f"{SMALL} --epochs 10 --log-every 1 --precision float64 --dropout 0 --freeze-bn --lr 0.005"
+    with use_backend("reference"):
+        assert command("train", data, "--out", tmp_path / "one", exact)[0] == 0
+    done = torchrun("train", data, "--out", tmp_path / "two", exact)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("epoch 1: mIoU") == 1 and (tmp_path / "run" / "last.safetensors").exists()
+    assert done.stderr.count("epoch 10: mIoU") == 1 and (tmp_path / "two" / "last.safetensors").exists()
+    assert "backend reference, float64, 2 process(es)" in done.stderr
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert len(one) == 20 and one[0] != one[-1]
+    assert two == pytest.approx(one, rel=0, abs=1e-8)
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
+def test_under_torchrun_an_error_in_the_data_is_said_once(tmp_path):
+    data = samples(tmp_path / "samples", 2, 1)
+    wrong_value(data)
+    done = torchrun("train", data, "--out", tmp_path / "run", SMALL)
+    assert done.returncode != 0 and done.stderr.count("got 99 (in 3072 pixels)") == 1
+    assert not (tmp_path / "run").exists()

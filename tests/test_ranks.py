@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import socket
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,9 @@ import torch
 pytest.importorskip("torchvision")
 pytest.importorskip("timm")
 
-from training_runs import log, losses, processes, samples, settings, train_quietly
+from training_runs import log, losses, on_ranks, samples, settings, train_as_rank
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,6 @@ def _one_thread(one_thread):
     """The networks are tiny."""
 
 
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
 @pytest.mark.parametrize("again", [False, True], ids=["kept", "checkpoint-blocks"])
 def test_two_ranks_are_one_process_with_the_whole_batch(data, tmp_path, again):
     """20 steps in float64, an odd image left for one rank in the last batch of each epoch; metrics are summed, too.
@@ -36,20 +36,10 @@ def test_two_ranks_are_one_process_with_the_whole_batch(data, tmp_path, again):
     options = {"epochs": 7, "batch": 2, "dropout": 0.0, "freeze_bn": True, "precision": "float64"}
     wanted = settings(data, **options)  # 5 images in batches of 2, 2, 1
     divided = dataclasses.replace(wanted, checkpoint_blocks=again)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "REFINENET_FAST_BACKEND": "reference"}
-    alone = processes().Process(target=train_quietly, args=(wanted, tmp_path / "one", False, environment))
-    ranks = []
-    for rank in ("0", "1"):
-        own = environment | {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
-        ranks.append(processes().Process(target=train_quietly, args=(divided, tmp_path / "two", False, own)))
-    for process in (alone, *ranks):
-        process.start()
-    for process in (alone, *ranks):
-        process.join(240)
-        assert process.exitcode == 0
+    alone = on_ranks(tmp_path, train_as_rank, (wanted, tmp_path / "one"), backend="reference")
+    ranks = on_ranks(tmp_path, train_as_rank, *2 * [(divided, tmp_path / "two")], backend="reference")
+    for found, processes in ((alone, 1), (ranks, 2)):
+        assert any(f"backend reference, float64, {processes} process(es)" in line for line in found[0]["said"])
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert len(one) == 21 and one[0] != one[-1]
     assert two == pytest.approx(one, rel=0, abs=1e-8)

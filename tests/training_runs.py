@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import csv
 import multiprocessing
+import os
+import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
+from refinenet_fast import use_backend
 from refinenet_fast.training.samples import write_samples
 from refinenet_fast.training.settings import TrainSettings
 
@@ -41,15 +45,72 @@ def settings(data: Path, **options: Any) -> TrainSettings:
     return TrainSettings(data, **{**small, **options})
 
 
-def train_quietly(wanted: TrainSettings, out: Path, resume: bool = False, environment: Any = None) -> None:
-    """A run in a process of its own, on one thread; the environment is torchrun's for one of several ranks."""
-    import os
-
+def train_quietly(wanted: TrainSettings, out: Path, resume: bool = False) -> None:
+    """A run in a process of its own, on one thread."""
     from refinenet_fast.training.loop import train
 
-    os.environ.update(environment or {})
     torch.set_num_threads(1)
     train(wanted, out, resume=resume)
+
+
+def on_ranks(folder: Path, work: Callable[..., Any], *arguments: tuple[Any, ...], backend: str = "auto") -> list[Any]:
+    """What ``work`` returns for each of ``arguments``, each in a process that is a rank as torchrun starts it.
+
+    Args:
+        folder: For what it returns: tensors and plain values.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = []
+    for rank, given in enumerate(arguments):
+        environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(len(arguments))}
+        environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(len(arguments))}
+        all_given = (environment, backend, folder / f"rank-{rank}.pt", work, given)
+        ranks.append(processes().Process(target=_as_rank, args=all_given))
+        ranks[-1].start()
+    for process in ranks:
+        process.join(240)
+        process.kill()  # if it waits for one that has ended
+    assert [process.exitcode for process in ranks] == [0] * len(ranks)
+    return [torch.load(folder / f"rank-{rank}.pt", weights_only=True) for rank in range(len(ranks))]
+
+
+def _as_rank(environment: dict[str, str], backend: str, result: Path, work: Callable[..., Any], given: Any) -> None:
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    with use_backend(backend):
+        torch.save(work(*given), result)
+
+
+def train_as_rank(wanted: TrainSettings, out: Path, resume: bool = False, stop_at: int = 0) -> dict[str, Any]:
+    """What a run says and ends with, on one rank.
+
+    Args:
+        stop_at: The step at whose checkpoint every rank stops, before it is written.
+    """
+    from refinenet_fast.training import loop
+    from refinenet_fast.training.files import BadInput
+
+    said: list[str] = []
+    found: dict[str, Any] = {"said": said, "error": None}
+
+    class Observed(loop.Trainer):
+        def _save(self) -> None:
+            if self.step == stop_at:
+                raise KeyboardInterrupt
+            super()._save()
+            average = self.average.state_dict() if self.average is not None else {}
+            found.update(model=self.model.state_dict(), average=average)
+
+    loop.Trainer = Observed
+    try:
+        loop.train(wanted, out, resume=resume, say=said.append)
+    except BadInput as error:
+        found["error"] = f"{type(error).__name__}: {error}"
+    except KeyboardInterrupt:
+        pass
+    return found
 
 
 def train_with_little_room(wanted: TrainSettings, out: Path, limit: int | None, said: Path) -> None:
