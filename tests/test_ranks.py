@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("torchvision")
 pytest.importorskip("timm")
 
-from training_runs import log, losses, on_ranks, samples, settings, train_as_rank
+from training_runs import assert_same_weights, log, losses, on_ranks, samples, settings, train_as_rank
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
 
@@ -45,3 +45,22 @@ def test_two_ranks_are_one_process_with_the_whole_batch(data, tmp_path, again):
     assert two == pytest.approx(one, rel=0, abs=1e-8)
     scored = [[row["pixel_accuracy"] for row in log(tmp_path / n) if row["miou"]] for n in ("one", "two")]
     assert scored[0] == scored[1] and len(scored[0]) == 7
+
+
+def test_two_ranks_are_stopped_and_resumed_to_the_same_bits(data, tmp_path):
+    """Each with its own dropout; live batch norm, which sees other images on each, and its moving average."""
+    wanted = settings(data, epochs=3, ema=0.9, precision="float64")
+    whole = on_ranks(tmp_path, train_as_rank, *2 * [(wanted, tmp_path / "whole")])
+    on_ranks(tmp_path, train_as_rank, *2 * [(wanted, tmp_path / "run", False, 6)])
+    resumed = on_ranks(tmp_path, train_as_rank, *2 * [(wanted, tmp_path / "run", True)])
+    assert "resumed after step 3 of 9" in resumed[0]["said"]
+    assert_same_weights(tmp_path / "run", tmp_path / "whole")
+    for network in ("model", "average"):
+        expected = whole[0][network]
+        assert any(key.endswith("running_var") for key in expected)
+        for found in (*whole, *resumed):
+            assert [key for key, value in expected.items() if not torch.equal(value, found[network][key])] == []
+    columns = ("step", "loss", "miou", "pixel_accuracy")
+    assert [[row[c] for c in columns] for row in log(tmp_path / "run")] == [
+        [row[c] for c in columns] for row in log(tmp_path / "whole")
+    ]

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
@@ -247,7 +247,7 @@ class Trainer:
 
     def _validate(self) -> None:
         """Score the validation split on all ranks; keep a picture, and the network if it is the best so far."""
-        _average_buffers(self.model, self.group)
+        self._average_buffers()
         segment = Segmenter(self.network.eval(), self.description)
         shown: list[Any] = []
 
@@ -280,8 +280,17 @@ class Trainer:
             if self.group.first:
                 save_model(self.folder.best, self.network, self.description)
 
+    @torch.no_grad()
+    def _average_buffers(self) -> None:
+        """Live batch norm has seen other images on each rank: its statistics become their mean, in ``average`` too."""
+        networks = [self.model] if self.average is None else [self.model, self.average]
+        if self.group.world > 1:
+            for buffer in (buffer for network in networks for buffer in network.buffers()):
+                if buffer.dtype.is_floating_point:
+                    self.group.sum(buffer).div_(self.group.world)
+
     def _save(self) -> None:
-        _average_buffers(self.model, self.group)
+        self._average_buffers()
         random_states = self.group.gather(checkpoint.random_state())
         if not self.group.first:
             return
@@ -335,12 +344,3 @@ def _optimizer(settings: TrainSettings, model: Any) -> torch.optim.Optimizer:
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(groups)
     return torch.optim.SGD(groups, momentum=settings.momentum)
-
-
-@torch.no_grad()
-def _average_buffers(model: nn.Module, group: Ranks) -> None:
-    """Live batch norm has seen other images on each rank: its statistics become their mean."""
-    if group.world > 1:
-        for buffer in model.buffers():
-            if buffer.dtype.is_floating_point:
-                group.sum(buffer).div_(group.world)

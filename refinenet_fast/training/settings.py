@@ -16,7 +16,7 @@ from refinenet_fast.variants import PRESETS
 
 OPTIMIZERS = ("sgd", "adamw")
 PRECISIONS = ("float32", "bfloat16", "float16", "float64")
-# What may differ when a run goes on: nothing of it changes the result.
+# What may differ when a run goes on: nothing of it changes the result, but for rounding on several ranks.
 FREE = {
     *("data", "device", "workers", "log_every", "save_every", "scan"),
     *("recompute", "checkpoint_blocks", "tensorboard"),
