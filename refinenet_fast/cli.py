@@ -114,7 +114,8 @@ def train(
             given["data"] = data
         settings = dataclasses.replace(before, **given)
     elif data is None:
-        raise BadInput("data: expected the folder of a data set, got none")
+        no_run = f", and {out} holds no run" if resume else ""
+        raise BadInput(f"data: expected the folder of a data set, got none{no_run}")
     else:
         settings = TrainSettings(data, **options)
     with _bars() as bars:

@@ -166,6 +166,7 @@ def test_bad_data_is_one_line_before_anything_is_written(command, tmp_path, spoi
         ("train {data} --out {run}", "holds a run; --resume goes on with it, --overwrite replaces it"),
         (f"train {{data}} --out {{run}} --overwrite {SMALL} --workers -1", "workers: expected 0 or more, got -1"),
         ("train --out {new}", "data: expected the folder of a data set, got none"),
+        ("train --resume --out {new}", "data: expected the folder of a data set, got none, and "),
         ("train {data} --resume --lr 7 --out {run}", "lr: expected 0.005, as the run in"),
         ("train {data} --out {new} --trunk resnet19", "trunk: expected the name of a timm model, got 'resnet19'"),
         ("train {data} --out {new} --weights {run}/log.csv", "expected a model file that"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -64,3 +66,32 @@ def test_two_ranks_are_stopped_and_resumed_to_the_same_bits(data, tmp_path):
     assert [[row[c] for c in columns] for row in log(tmp_path / "run")] == [
         [row[c] for c in columns] for row in log(tmp_path / "whole")
     ]
+
+
+DIFFERENCES = {
+    "settings": r"lr: expected 0\.005 on every rank, got 1\.0 on rank 1",
+    "images": r"train images: expected '5 \(\w+\)' on every rank, got '5 \(\w+\)' on rank 1",
+    "classes": r"classes: expected \['ground', .*'bar'\] on every rank, got \['ground', .*'rod'\] on rank 1",
+    "checkpoint": "step: expected 3 on every rank, got 0 on rank 1",
+}
+
+
+@pytest.mark.parametrize("what", DIFFERENCES)
+def test_machines_that_see_different_things_are_told(data, tmp_path, what):
+    """As without a shared disk: the second rank's folders are its own."""
+    shutil.copytree(data, tmp_path / "data")
+    own = tmp_path / "data"
+    wanted = [settings(data, epochs=1), settings(own, epochs=1, workers=1, lr=1.0 if what == "settings" else 0.005)]
+    out = [tmp_path / "run", tmp_path / "elsewhere"]
+    if what == "images":
+        for folder in ("images", "masks"):
+            (own / folder / "train" / "001.png").rename(own / folder / "train" / "007.png")
+    if what == "classes":
+        (own / "classes.txt").write_text((own / "classes.txt").read_text().replace("bar", "rod"))
+    resume = what == "checkpoint"
+    if resume:
+        assert on_ranks(tmp_path, train_as_rank, *zip(wanted, out))[0]["error"] is None
+    found = on_ranks(tmp_path, train_as_rank, *((w, o, resume) for w, o in zip(wanted, out)))
+    for rank, kind in zip(found, ("BadInput", "Told")):
+        assert re.fullmatch(f"{kind}: {DIFFERENCES[what]}; all machines need .* a disk that they share", rank["error"])
+    assert (tmp_path / "run").exists() == resume and not (tmp_path / "elsewhere").exists()

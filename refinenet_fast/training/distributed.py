@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -46,6 +46,21 @@ class Ranks:
         values: list[Any] = [None] * self.world
         dist.all_gather_object(values, value)
         return values
+
+    def check_same(self, values: Mapping[str, Any]) -> None:
+        """Raise where a rank has other ``values``, which have the same names on all.
+
+        Raises:
+            BadInput: Names the first that differs.
+            Told: On the other ranks.
+        """
+        everywhere = self.gather(dict(values))
+        for rank, theirs in enumerate(everywhere):
+            for name, expected in everywhere[0].items():
+                if theirs[name] != expected:
+                    message = f"{name}: expected {expected!r} on every rank, got {theirs[name]!r} on rank {rank}"
+                    advice = "all machines need the same options, the same data, and --out on a disk that they share"
+                    raise (BadInput if self.first else Told)(f"{message}; {advice}")
 
     def on_first(self, work: Callable[[], T]) -> T:
         """What ``work`` returns on rank 0, for all ranks; what it raises as BadInput, all raise.

@@ -31,7 +31,7 @@ from refinenet_fast.training.pictures import save_image, triptych
 from refinenet_fast.training.prediction import Segmenter
 from refinenet_fast.training.prepare import Data, build_network, open_data, report
 from refinenet_fast.training.run_folder import RunFolder
-from refinenet_fast.training.settings import TrainSettings
+from refinenet_fast.training.settings import LOCAL, TrainSettings
 from refinenet_fast.training.survey import Progress
 
 
@@ -64,6 +64,7 @@ def train(
         folder = RunFolder(out)
         tell = say if group.first else lambda line: None
         shown = progress if group.first else without_bars
+        group.check_same({name: value for name, value in settings.to_json().items() if name not in LOCAL})
         group.on_first(lambda: folder.check(settings, resume, overwrite))
         if settings.tensorboard:
             tensorboard.check_installed()
@@ -104,6 +105,7 @@ class Trainer:
         self.weight = self._class_weights()
         torch.manual_seed(settings.seed + group.rank)  # dropout differs between ranks
         self._restore()
+        group.check_same({"step": self.step})
         if group.first:
             folder.cut_log(self.step)
         self.events = tensorboard.Events(folder.events, self.step) if settings.tensorboard and group.first else None

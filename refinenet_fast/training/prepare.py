@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -51,6 +52,8 @@ def open_data(settings: TrainSettings, group: Ranks, progress: Progress) -> Data
     names = [settings.train_split, *([settings.val_split] if settings.val_split else [])]
     group.on_first(lambda: [opened(name) for name in names] and None)
     splits = {name: opened(name) for name in names}
+    group.check_same({f"{name} images": f"{len(split)} ({_digest(split)})" for name, split in splits.items()})
+    group.check_same({"classes": splits[settings.train_split].class_names})
 
     def scanned() -> dict[str, Survey]:
         if not settings.scan:
@@ -67,6 +70,10 @@ def open_data(settings: TrainSettings, group: Ranks, progress: Progress) -> Data
     if settings.class_weights != "none" and not surveys:
         raise BadInput(f"class_weights: expected none where masks are not scanned, got {settings.class_weights}")
     return Data(splits[settings.train_split], splits.get(settings.val_split), surveys)
+
+
+def _digest(split: Split) -> str:
+    return hashlib.blake2b("\n".join(path.name for path in split.images).encode(), digest_size=4).hexdigest()
 
 
 def build_network(settings: TrainSettings, data: Data, group: Ranks) -> tuple[RefineNet, Description]:

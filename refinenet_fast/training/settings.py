@@ -21,6 +21,8 @@ FREE = {
     *("data", "device", "workers", "log_every", "save_every", "scan"),
     *("recompute", "checkpoint_blocks", "tensorboard"),
 }
+# What may differ between the machines of one run.
+LOCAL = {"data", "device", "weights", "workers"}
 _CHOICES = {
     "layout": tuple(LAYOUTS),
     "optimizer": OPTIMIZERS,
