@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("torchvision")
 pytest.importorskip("timm")
 
-from training_runs import assert_same_weights, log, losses, on_ranks, samples, settings, train_as_rank
+from training_runs import assert_same_weights, log, losses, on_ranks, samples, scan_as_rank, settings, train_as_rank
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
 
@@ -95,3 +95,24 @@ def test_machines_that_see_different_things_are_told(data, tmp_path, what):
     for rank, kind in zip(found, ("BadInput", "Told")):
         assert re.fullmatch(f"{kind}: {DIFFERENCES[what]}; all machines need .* a disk that they share", rank["error"])
     assert (tmp_path / "run").exists() == resume and not (tmp_path / "elsewhere").exists()
+
+
+def test_each_rank_scans_its_share(data, tmp_path):
+    """A rank that waits for another's scan would give up after some minutes."""
+    (alone,) = on_ranks(tmp_path, scan_as_rank, (settings(data),))
+    ranks = on_ranks(tmp_path, scan_as_rank, *2 * [(settings(data),)])
+    assert [len(found["seen"]) for found in ranks] == [4, 3]  # of 5 and of 2 images
+    assert sorted(ranks[0]["seen"] + ranks[1]["seen"]) == sorted(alone["seen"])
+    for found in ranks:
+        for name, (pixels, sizes) in alone["found"].items():
+            assert torch.equal(found["found"][name][0], pixels) and found["found"][name][1] == sizes
+
+
+def test_what_is_wrong_in_another_ranks_share_is_said_by_the_first(tmp_path):
+    data = samples(tmp_path / "samples")
+    bad = data / "images" / "train" / "001.png"
+    bad.write_bytes(b"nothing")
+    first, second = on_ranks(tmp_path, scan_as_rank, *2 * [(settings(data),)])
+    assert str(bad) not in first["seen"] and str(bad) in second["seen"]
+    for kind, found in (("Unreadable", first), ("Told", second)):
+        assert found["error"].startswith(f"{kind}: {bad}: expected an image")

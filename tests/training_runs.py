@@ -113,6 +113,31 @@ def train_as_rank(wanted: TrainSettings, out: Path, resume: bool = False, stop_a
     return found
 
 
+def scan_as_rank(wanted: TrainSettings) -> dict[str, Any]:
+    """The images that one rank reads to find what there is in the data, and what it is told of it."""
+    from refinenet_fast.training.data import Split
+    from refinenet_fast.training.distributed import ranks
+    from refinenet_fast.training.files import BadInput
+    from refinenet_fast.training.loop import without_bars
+    from refinenet_fast.training.prepare import open_data
+
+    seen: list[str] = []
+    read = Split.read
+
+    def noted(split: Split, index: int) -> Any:
+        seen.append(str(split.images[index]))
+        return read(split, index)
+
+    Split.read = noted
+    with ranks("cpu") as group:
+        try:
+            surveys = open_data(wanted, group, without_bars).surveys
+        except BadInput as error:
+            return {"seen": seen, "error": f"{type(error).__name__}: {error}"}
+    found = {name: (survey.pixels, dict(survey.sizes)) for name, survey in surveys.items()}
+    return {"seen": seen, "error": None, "found": found}
+
+
 def train_with_little_room(wanted: TrainSettings, out: Path, limit: int | None, said: Path) -> None:
     """A run that is expected to end for want of room, and the one line that it ends with.
 

@@ -62,25 +62,30 @@ class Ranks:
                     advice = "all machines need the same options, the same data, and --out on a disk that they share"
                     raise (BadInput if self.first else Told)(f"{message}; {advice}")
 
+    def on_each(self, work: Callable[[], T]) -> list[T]:
+        """What ``work`` returns on every rank, on every rank; what one raises as BadInput, all raise.
+
+        Raises:
+            Told: On the other ranks than the first.
+        """
+        result: Any
+        try:
+            result = work()
+        except BadInput as error:
+            result = error
+        results = self.gather(result)
+        for found in results:
+            if isinstance(found, BadInput):
+                raise found if self.first else Told(str(found))
+        return results
+
     def on_first(self, work: Callable[[], T]) -> T:
         """What ``work`` returns on rank 0, for all ranks; what it raises as BadInput, all raise.
 
         Raises:
             Told: On the other ranks.
         """
-        result: Any = None
-        if self.first:
-            try:
-                result = work()
-            except BadInput as error:
-                result = error
-        if self.world > 1:
-            box = [result]
-            dist.broadcast_object_list(box)
-            result = box[0]
-        if isinstance(result, BadInput):
-            raise result if self.first else Told(str(result))
-        return result
+        return self.on_each(lambda: work() if self.first else None)[0]
 
 
 @contextmanager

@@ -39,7 +39,7 @@ class Data:
 
 
 def open_data(settings: TrainSettings, group: Ranks, progress: Progress) -> Data:
-    """List the data on every rank, scan it on the first.
+    """List the data on every rank; scan it, a share on each, so that none waits for another longer than it may.
 
     Raises:
         BadInput: Something is wrong with it; says in which file.
@@ -58,9 +58,10 @@ def open_data(settings: TrainSettings, group: Ranks, progress: Progress) -> Data
     def scanned() -> dict[str, Survey]:
         if not settings.scan:
             return {}
-        return {name: survey.scan(split, progress) for name, split in splits.items()}
+        return {name: survey.scan(split, progress, group.rank, group.world) for name, split in splits.items()}
 
-    surveys = group.on_first(scanned)
+    parts = group.on_each(scanned)
+    surveys = {name: survey.total(part[name] for part in parts) for name in parts[0]}
     train = splits[settings.train_split]
     if train.num_classes is None:
         if not surveys:

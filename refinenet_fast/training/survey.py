@@ -33,8 +33,8 @@ class Survey:
     sizes: Counter[tuple[int, int]]
 
 
-def scan(split: Split, progress: Progress) -> Survey:
-    """Read every image and every mask of a split.
+def scan(split: Split, progress: Progress, rank: int = 0, world: int = 1) -> Survey:
+    """Read this rank's share of a split, every ``world``-th image and its mask.
 
     Args:
         progress: Wraps the files, and may show how far it is.
@@ -47,15 +47,21 @@ def scan(split: Split, progress: Progress) -> Survey:
         image, mask = split.read(index)
         return Survey(mask.flatten().bincount(), Counter([(image.shape[1], image.shape[2])]))
 
-    pixels, sizes = torch.zeros(0, dtype=torch.int64), Counter[tuple[int, int]]()
+    mine = range(rank, len(split), world)
     pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))  # Pillow decodes outside the interpreter's lock
     try:
-        for found in progress(f"scan {split.name}", pool.map(one, range(len(split))), len(split)):
-            longest = max(len(pixels), len(found.pixels))
-            pixels = _padded(pixels, longest) + _padded(found.pixels, longest)
-            sizes += found.sizes
+        return total(progress(f"scan {split.name}", pool.map(one, mine), len(mine)))
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def total(surveys: Iterable[Survey]) -> Survey:
+    """What scans of several shares have found together."""
+    pixels, sizes = torch.zeros(0, dtype=torch.int64), Counter[tuple[int, int]]()
+    for found in surveys:
+        longest = max(len(pixels), len(found.pixels))
+        pixels = _padded(pixels, longest) + _padded(found.pixels, longest)
+        sizes += found.sizes
     return Survey(pixels, sizes)
 
 
