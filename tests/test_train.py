@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 pytest.importorskip("torchvision")
 pytest.importorskip("timm")
@@ -18,9 +19,10 @@ pytest.importorskip("timm")
 from safetensors.torch import load_file
 
 from refinenet_fast import RefineNet
-from refinenet_fast.training import checkpoint, clock
+from refinenet_fast.training import checkpoint, clock, survey
+from refinenet_fast.training.data import open_split
 from refinenet_fast.training.files import BadInput, read_json
-from refinenet_fast.training.loop import train
+from refinenet_fast.training.loop import Trainer, train
 from refinenet_fast.training.model_file import Description, load_model, save_model
 from refinenet_fast.training.samples import write_samples
 from refinenet_fast.training.settings import TrainSettings
@@ -103,13 +105,32 @@ def test_the_trunks_stride_is_what_is_asked_for(stride):
     assert "trunk_stride" not in settings(Path("data"), preset="light-weight").network()
 
 
-def test_the_loss_is_weighed_by_the_shares_of_classes(data, tmp_path):
-    """The first step's loss, before any weight of the network has changed."""
-    first = {}
-    for weighting in ("none", "balanced", "log"):
-        train(settings(data, epochs=1, val_split="", class_weights=weighting), tmp_path / weighting)
-        first[weighting] = losses(tmp_path / weighting)[0]
-    assert len({round(loss, 6) for loss in first.values()}) == 3, first
+@pytest.mark.parametrize("weighting", survey.WEIGHTINGS)
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_the_loss_is_pytorchs_mean_over_the_whole_step(data, tmp_path, monkeypatch, weighting, accumulate):
+    """And its gradient, in which parts of two, one and one images count by their labelled pixels' weights."""
+    split = open_split(data, "folder", "train")
+    pixels = torch.stack([split.read(k)[1] for k in range(len(split))]).flatten().bincount()[:5]  # without 255
+    weight = None
+    if weighting != "none":
+        weight = torch.tensor(survey.class_weights(pixels, 5, weighting), dtype=torch.float64)
+    expected, update = [], Trainer._update
+
+    def compared(self, images, labels):
+        bias = self.model.classifier.bias
+        loss = F.cross_entropy(self.model(images), labels, weight, ignore_index=255)
+        (gradient,) = torch.autograd.grad(loss, bias)
+        after = bias.detach() - self.optimizer.param_groups[-1]["lr"] * gradient
+        found = update(self, images, labels)
+        torch.testing.assert_close(bias.detach(), after, rtol=1e-12, atol=1e-15)
+        expected.append(loss.item())
+        return found
+
+    monkeypatch.setattr(Trainer, "_update", compared)
+    exact = {"dropout": 0.0, "freeze_bn": True, "precision": "float64", "momentum": 0.0, "weight_decay": 0.0}
+    wanted = settings(data, epochs=1, batch=4, val_split="", class_weights=weighting, accumulate=accumulate, **exact)
+    train(wanted, tmp_path / "run")
+    assert losses(tmp_path / "run") == pytest.approx(expected, rel=1e-12) and len(expected) == 2
 
 
 def test_the_moving_average_is_what_is_kept(data, tmp_path):
@@ -124,8 +145,8 @@ def test_the_moving_average_is_what_is_kept(data, tmp_path):
 def test_accumulation_changes_nothing(data, tmp_path):
     """With batch norm frozen and no dropout, parts of a step add up to the whole."""
     for name, accumulate in (("whole", 1), ("parts", 3)):
-        wanted = settings(data, batch=4, freeze_bn=True, dropout=0.0, precision="float64", accumulate=accumulate)
-        train(wanted, tmp_path / name)
+        exact = {"freeze_bn": True, "dropout": 0.0, "precision": "float64", "class_weights": "log"}
+        train(settings(data, batch=4, accumulate=accumulate, **exact), tmp_path / name)
     assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), rel=1e-10)
 
 
