@@ -5,7 +5,10 @@ from __future__ import annotations
 import csv
 import multiprocessing
 import os
+import signal
 import socket
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from refinenet_fast import use_backend
+from refinenet_fast.training import checkpoint
 from refinenet_fast.training.samples import write_samples
 from refinenet_fast.training.settings import TrainSettings
 
@@ -45,12 +49,39 @@ def settings(data: Path, **options: Any) -> TrainSettings:
     return TrainSettings(data, **{**small, **options})
 
 
-def train_quietly(wanted: TrainSettings, out: Path, resume: bool = False) -> None:
+def train_quietly(wanted: TrainSettings, out: Path) -> None:
     """A run in a process of its own, on one thread."""
     from refinenet_fast.training.loop import train
 
     torch.set_num_threads(1)
-    train(wanted, out, resume=resume)
+    train(wanted, out)
+
+
+def train_until_killed(wanted: TrainSettings, out: Path, after: int, share: float) -> None:
+    """A run in a process of its own that SIGKILL ends, some time after a step's checkpoint is there.
+
+    The signal comes from within, and the time is a share of the run's own shortest step: a busy machine does not let
+    the run end before.
+
+    Args:
+        after: The step, from the second on (the first takes longer); or 0: when the run has settings and no checkpoint.
+        share: Of a step, or of a tenth of a second.
+    """
+
+    def newest() -> str:
+        return max((file.name for file in (out / "checkpoints").glob("step-*.pt")), default="")
+
+    def kill() -> None:
+        while not (out / "settings.json").exists() or (after and newest() < f"step-{after:08d}.pt"):
+            time.sleep(0.001)
+        seconds = 0.1
+        if after:
+            seconds = min(float(row["seconds"]) for row in log(out) if row["loss"] and int(row["step"]) <= after)
+        time.sleep(share * seconds)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=kill, daemon=True).start()
+    train_quietly(wanted, out)
 
 
 def on_ranks(folder: Path, work: Callable[..., Any], *arguments: tuple[Any, ...], backend: str = "auto") -> list[Any]:
@@ -146,7 +177,6 @@ def train_with_little_room(wanted: TrainSettings, out: Path, limit: int | None, 
     """
     import resource
 
-    from refinenet_fast.training import checkpoint
     from refinenet_fast.training.files import BadInput
     from refinenet_fast.training.loop import train
 
@@ -186,3 +216,25 @@ def assert_same_weights(one: Path, other: Path) -> None:
     assert ours.keys() == theirs.keys()
     for key, value in ours.items():
         assert torch.equal(value, theirs[key]), key
+
+
+def assert_same_ends(one: Path, other: Path) -> None:
+    """Of two runs: the losses of every step, the last checkpoint, and the network."""
+    assert losses(one) == losses(other)
+    ours, theirs = (checkpoint.load_newest(run / "checkpoints", print) for run in (one, other))
+    for state in (ours, theirs):  # each process begins with other numbers of Python's and NumPy's; a run takes none
+        state["random"] = [states["torch"] for states in state["random"]]
+    different = differences(ours, theirs)
+    assert not different, different
+    assert_same_weights(one, other)
+
+
+def differences(one: Any, other: Any, where: str = "") -> list[str]:
+    """The places at which two checkpoints differ."""
+    if isinstance(one, dict):
+        keys = one.keys() | other.keys()
+        return [d for key in keys for d in differences(one.get(key), other.get(key), f"{where}/{key}")]
+    if isinstance(one, (list, tuple)) and len(one) == len(other):
+        return [d for k, (a, b) in enumerate(zip(one, other)) for d in differences(a, b, f"{where}/{k}")]
+    same = torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+    return [] if same else [where]
