@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("torchvision")
 pytest.importorskip("timm")
 
-from training_runs import assert_same_weights, log, losses, on_ranks, samples, scan_as_rank, settings, train_as_rank
+from training_runs import assert_same_ends, log, losses, on_ranks, samples, scan_as_rank, settings, train_as_rank
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
 
@@ -33,8 +33,9 @@ def _one_thread(one_thread):
     [
         ({"batch": 2, "epochs": 7}, {}),  # 5 images in batches of 2, 2, 1
         ({"batch": 4, "epochs": 10, "class_weights": "log"}, {"accumulate": 2, "checkpoint_blocks": True}),
+        pytest.param({"batch": 4, "epochs": 10}, {"accumulate": 2, "compile": True}, marks=pytest.mark.slow),
     ],
-    ids=["plain", "weighted-accumulate-checkpoint-blocks"],
+    ids=["plain", "weighted-accumulate-checkpoint-blocks", "accumulate-compile"],
 )
 def test_two_ranks_are_one_process_with_the_whole_batch(data, tmp_path, options, of_the_ranks):
     """20 steps in float64, an odd image left for one rank in the last batch of each epoch; metrics are summed, too.
@@ -62,7 +63,7 @@ def test_two_ranks_are_stopped_and_resumed_to_the_same_bits(data, tmp_path):
     on_ranks(tmp_path, train_as_rank, *2 * [(wanted, tmp_path / "run", False, 6)])
     resumed = on_ranks(tmp_path, train_as_rank, *2 * [(wanted, tmp_path / "run", True)])
     assert "resumed after step 3 of 9" in resumed[0]["said"]
-    assert_same_weights(tmp_path / "run", tmp_path / "whole")
+    assert_same_ends(tmp_path / "run", tmp_path / "whole")
     for network in ("model", "average"):
         expected = whole[0][network]
         assert any(key.endswith("running_var") for key in expected)

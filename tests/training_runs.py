@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,7 @@ def train_as_rank(wanted: TrainSettings, out: Path, resume: bool = False, stop_a
             found.update(model=self.model.state_dict(), average=average)
 
     loop.Trainer = Observed
+    torch.compile = partial(torch.compile, backend="aot_eager")  # Inductor takes a minute for the same graphs
     try:
         loop.train(wanted, out, resume=resume, say=said.append)
     except BadInput as error:
