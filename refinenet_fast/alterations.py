@@ -59,12 +59,12 @@ def change(block: nn.Module) -> str | None:
     """What is no longer as it was when the block was accelerated, if anything is."""
     settings = getattr(block, SETTINGS, ())
     modules = dict(block.named_modules(remove_duplicate=False)) if settings else {}
-    for name, kind, known, attributes in settings:
+    for name, kind, known, compared in settings:
         module = modules.get(name)
         if module is None or (kind is not None and type(module) is not kind):
             return f"{name!r} has been replaced since; restore and accelerate again"
         own = vars(module)
-        changed = [attribute for attribute, then in attributes if _is_other(own.get(attribute, ...), then)]
+        changed = [attribute for attribute, then in compared if _is_other(own.get(attribute, ...), then)]
         if not own.keys() <= known:
             changed += [attribute for attribute, _ in attributes(module) if attribute not in known]
         for attribute in changed:

@@ -70,25 +70,27 @@ def train_quietly(wanted: TrainSettings, out: Path) -> None:
     train(wanted, out)
 
 
-def train_until_killed(wanted: TrainSettings, out: Path, after: int, delay: float) -> None:
-    """A run in a process of its own that SIGKILL ends, so many seconds after a step's checkpoint is there.
+def train_until_killed(wanted: TrainSettings, out: Path, after: int, share: float) -> None:
+    """A run in a process of its own that SIGKILL ends, some time after a step's checkpoint is there.
 
-    The signal comes from within, so that no run ends before another process gets round to sending it.
+    The signal comes from within, and the time is a share of the run's own shortest step: a busy machine does not let
+    the run end before.
 
     Args:
-        after: The step, or 0: after the run has made its folder its own.
+        after: The step, from the second on (the first takes longer); or 0: when the run has settings and no checkpoint.
+        share: Of a step, or of a tenth of a second.
     """
-    name = f"step-{after:08d}.pt"
 
-    def reached() -> bool:
-        if after == 0:
-            return (out / "settings.json").exists()
-        return max((file.name for file in (out / "checkpoints").glob("step-*.pt")), default="") >= name
+    def newest() -> str:
+        return max((file.name for file in (out / "checkpoints").glob("step-*.pt")), default="")
 
     def kill() -> None:
-        while not reached():
+        while not (out / "settings.json").exists() or (after and newest() < f"step-{after:08d}.pt"):
             time.sleep(0.001)
-        time.sleep(delay)
+        seconds = 0.1
+        if after:
+            seconds = min(float(row["seconds"]) for row in log(out) if row["loss"] and int(row["step"]) <= after)
+        time.sleep(share * seconds)
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=kill, daemon=True).start()

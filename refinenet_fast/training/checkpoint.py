@@ -37,6 +37,7 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
 
 
 def path_of(folder: Path, step: int) -> Path:
+    """The checkpoint that is written after so many steps."""
     return folder / f"step-{step:08d}.pt"
 
 

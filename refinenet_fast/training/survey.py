@@ -56,7 +56,7 @@ def scan(split: Split, progress: Progress, rank: int = 0, world: int = 1) -> Sur
 
 
 def total(surveys: Iterable[Survey]) -> Survey:
-    """Of the images of all."""
+    """What scans of several shares have found together."""
     pixels, sizes = torch.zeros(0, dtype=torch.int64), Counter[tuple[int, int]]()
     for found in surveys:
         longest = max(len(pixels), len(found.pixels))
