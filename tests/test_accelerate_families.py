@@ -338,8 +338,8 @@ def test_a_decoder_holds_no_more(family, trains):
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the resident set from /proc")
 def test_a_decoder_needs_no_more_memory(tmp_path):
-    """As the benchmark measures it: what kernels work in counts as well. Forward, where the tensors alone are as many,
-    that comes on top (of S's 99 MB 3.5 with AVX-512) and may be a tenth, to which the resident set is known."""
+    """As the benchmark measures it: what kernels work in counts as well, and in forward, where the tensors alone are as
+    many, comes on top of S's: 1 MB of 99. L's peak is not at a convolution."""
     options = "--families depth-anything --widths S --contenders eager,cpu --device cpu --threads 2 --seconds 1"
     rows = tmp_path / "rows.json"
     command = [sys.executable, bench_accelerate.__file__, *options.split(), "--json", rows]
@@ -347,5 +347,5 @@ def test_a_decoder_needs_no_more_memory(tmp_path):
     found = json.loads(rows.read_text())["rows"]
     peaks = {(row["direction"], row["contender"]): row["peak_memory_bytes"] for row in found}
     assert len(peaks) == 4
-    for direction, limit in ((harness.FORWARD, 1.1), (harness.TRAINING, 1.0)):
+    for direction, limit in ((harness.FORWARD, 1.025), (harness.TRAINING, 1.0)):
         assert 0 < peaks[direction, "cpu"] <= limit * peaks[direction, "eager"]
