@@ -83,7 +83,7 @@ class Both(Emulated):
         for name, noted in (("emulate", self._noted), ("picked", _picked), ("compiled", _compiled), ("find", _find)):
             monkeypatch.setattr(backend, name, noted)
 
-    def _noted(self, name, grid, block, arguments, *, cluster=(1,), shared=0, schedule) -> None:
+    def _noted(self, name, grid, block, arguments, *, cluster=(1,), shared=0, schedule, last=None) -> None:
         self.expected.append(Expected(name, *grid, *block, *cluster, shared, list(arguments)))
 
     def _call(self, function: str, like: Tensor, *arguments: object) -> None:
