@@ -87,7 +87,7 @@ def test_winograds_error_on_a_trunks_maps():
             error, pytorch = relative_l2(y, truth), relative_l2(F.conv2d(x, weight, padding=1), truth)
             # Winograd in float32 is allowed 1e-5 (testing.WINOGRAD_ERROR); on maps like these it needs less.
             # Seen with AVX2: 0.4 to 0.9 of PyTorch's; with AVX-512, whose vendor is more exact, 2.3e-6 against 2.4e-7.
-            assert error <= max(3e-6, 2 * pytorch) and error <= 1e-5, f"{x.shape[1]} channels"
+            assert error <= max(2.5e-6, 2 * pytorch) and error <= 1e-5, f"{x.shape[1]} channels"
 
 
 @pytest.mark.slow
